@@ -1,0 +1,224 @@
+/**
+ * What the three parties are told: addresses, scopes, registrations, lifetimes. First the data, one
+ * literal per party; then the few lines that all would otherwise repeat: where to listen and whom to
+ * trust, how to fetch, start and stop, the log. On three machines each party has its own copy.
+ */
+
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { link } from "node:fs/promises";
+import { getCACertificates } from "node:tls";
+import type { JWK } from "jose";
+
+// --- Data ----------------------------------------------------------------------------------------
+
+/** A client as the authorization server knows it, with the names of RFC 7591 §2 and RFC 9449 §5.2. */
+export interface ClientRegistration {
+  client_id: string;
+  /** SHA-256 in base64, several while a secret is changed; `expires_at` in seconds since 1970. */
+  client_secrets?: { sha256: string; expires_at?: number }[];
+  /** Public keys, for `private_key_jwt`. */
+  jwks?: { keys: JWK[] };
+  grant_types: string[];
+  scope: string;
+  access_token_lifetime_seconds: number;
+  dpop_bound_access_tokens?: boolean;
+  /** Extra claims for this client's tokens. */
+  claims?: Record<string, unknown>;
+}
+
+const { env } = process;
+const issuer = env["ISSUER"] || "https://localhost:5001";
+const resource = env["API_URL"] || "https://localhost:6001";
+const daySeconds = 86_400;
+
+/** How an API keeps up with the authorization server's keys. */
+const keyRefresh = { refreshSeconds: 300, coolDownSeconds: 5 };
+
+/** Signature algorithms accepted from others, asymmetric ones only. */
+// prettier-ignore
+const acceptedAlgorithms = [
+  "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+  "EdDSA", "Ed25519", "ML-DSA-44", "ML-DSA-65", "ML-DSA-87",
+];
+
+export const authorizationServer = {
+  issuer,
+  /** host:port for plain http, behind a proxy that ends TLS. */
+  listen: env["ISSUER_LISTEN"],
+  /** Each scope belongs to one API, whose identifier becomes `aud`. */
+  scopes: [{ scope: "api1", description: "My API", resource }],
+  clients: [
+    {
+      client_id: "client",
+      client_secrets: [{ sha256: "K7gNU3sdo+OL0wNhqoVWhr3g6s1xYv72ol/pe/Unols=" }], // "secret"
+      grant_types: ["client_credentials"],
+      scope: "api1",
+      access_token_lifetime_seconds: 3600,
+    },
+  ] satisfies ClientRegistration[] as ClientRegistration[],
+  acceptedAlgorithms,
+  signingKeys: {
+    /** The first one signs; the keys of all are published. */
+    algorithms: ["ES256"],
+    rotationSeconds: 90 * daySeconds,
+    /** How long a key stays published after it signed last. */
+    retentionSeconds: 14 * daySeconds,
+    pollSeconds: 10,
+    maxAgeSeconds: 60,
+    ...keyRefresh,
+  },
+  databaseUrl: env["DATABASE_URL"] || "sqlite://keys/keys.db",
+  keyEncryptionSecret: env["KEY_ENCRYPTION_SECRET"] || "",
+};
+
+export const resourceServer = {
+  resource,
+  resource_name: "My API",
+  listen: env["API_LISTEN"],
+  issuer,
+  acceptedAlgorithms,
+  ...keyRefresh,
+};
+
+export const client = {
+  issuer,
+  resource,
+  client_id: env["CLIENT_ID"] || "client",
+  client_secret: env["CLIENT_SECRET"] || "secret",
+  scope: env["SCOPE"] || "api1",
+  /** A file with a private JWK: the client authenticates with it instead of the secret. */
+  keyFile: env["CLIENT_KEY"],
+  /** Binds the tokens to a key of this process (RFC 9449). */
+  dpop: env["DPOP"] === "1",
+};
+
+// --- Listening and trust -------------------------------------------------------------------------
+
+/** The setting's origin. Throws for what is not a bare origin, and for http beyond this machine. */
+export function requireOrigin(setting: string, value: string): URL {
+  const url = URL.canParse(value) ? new URL(value) : undefined;
+  const safe = url?.protocol === "https:" || (url?.protocol === "http:" && isLoopback(url));
+  if (safe && url.origin === value) return url;
+  const rule = "an https origin such as https://auth.example.com (http on a loopback host only)";
+  throw new Error(`${setting} must be ${rule}: ${value}`);
+}
+
+export function isLoopback({ hostname }: URL): boolean {
+  return /^(localhost|127(\.\d+){3}|\[::1\])$/.test(hostname);
+}
+
+/** Options for Bun.serve: at `origin`, or in plain http at `listen`, where a proxy ends TLS. */
+export async function listenOptions(name: "ISSUER" | "API", origin: URL, listen?: string) {
+  if (listen && !/^[^/@?#]+:\d+$/.test(listen)) {
+    throw new Error(`${name}_LISTEN must be host:port, such as 127.0.0.1:8080: ${listen}`);
+  }
+  const { protocol, hostname, port } = listen ? new URL(`http://${listen}`) : origin;
+  const options = {
+    hostname: hostname.replace(/^\[|\]$/g, ""),
+    port: Number(port || (protocol === "https:" ? 443 : 80)),
+    reusePort: env["REUSE_PORT"] === "1",
+  };
+  if (protocol === "http:") return options;
+  if (env["TLS_CERT"] || isLoopback(origin)) return { ...options, tls: await certificate() };
+  const ways = `set TLS_CERT and TLS_KEY, or ${name}_LISTEN behind a proxy that ends TLS`;
+  throw new Error(`${origin.origin} has no certificate: ${ways}`);
+}
+
+/** Key and certificate in PEM: TLS_KEY and TLS_CERT, else one made for localhost at first use. */
+async function certificate(): Promise<{ key: string; cert: string }> {
+  if (env["TLS_CERT"]) return { key: readSetting("TLS_KEY"), cert: readSetting("TLS_CERT") };
+  const file = "keys/localhost.pem";
+  if (!existsSync(file)) {
+    mkdirSync("keys", { recursive: true, mode: 0o700 });
+    const draft = `${file}.${process.pid}`;
+    writeFileSync(draft, "", { mode: 0o600 });
+    const made =
+      Bun.which("openssl") && Bun.spawnSync([...selfSigned, draft, "-out", draft]).success;
+    // link() never overwrites: the three programs may start at the same instant.
+    if (made) await link(draft, file).catch(() => {});
+    rmSync(draft);
+    if (!made) throw new Error(`openssl made no certificate: ${waysOn}`);
+  }
+  const pem = readFileSync(file, "utf8");
+  return { key: pem, cert: pem };
+}
+
+const selfSigned = `openssl req -x509 -days 3650 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256
+  -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout`.split(
+  /\s+/,
+);
+const waysOn = `install it, set TLS_CERT and TLS_KEY, or use http (ISSUER=http://localhost:5001
+  API_URL=http://localhost:6001)`;
+
+/** The text of the file that an environment variable names. Throws an Error that names both. */
+export function readSetting(variable: string): string {
+  try {
+    return readFileSync(env[variable] ?? "", "utf8");
+  } catch (error) {
+    throw new Error(`${variable} must name a readable file: ${(error as Error).message}`);
+  }
+}
+
+// --- Requests, start, stop, log ------------------------------------------------------------------
+
+/**
+ * Fetches, without following redirects; on a loopback host it trusts this machine's certificate.
+ * Returns status, headers and text. Throws when `signal` aborts or the text is over `maxBytes`.
+ */
+export async function fetchText(url: string, init: RequestInit, maxBytes: number) {
+  const local = url.startsWith("https:") && isLoopback(new URL(url));
+  const tls = local ? { ca: [(await certificate()).cert, ...getCACertificates()] } : {};
+  const { status, headers, body } = await fetch(url, { ...init, redirect: "manual", tls });
+  const chunks: Uint8Array[] = [];
+  let bytes = 0;
+  for await (const chunk of body ?? []) {
+    bytes += chunk.byteLength;
+    if (bytes > maxBytes) throw new Error(`the answer is longer than ${maxBytes} bytes`);
+    chunks.push(chunk);
+  }
+  return { status, headers, text: Buffer.concat(chunks).toString() };
+}
+
+/** Ends the program: one line on stderr, exit code 1. */
+export function fail(error: unknown): never {
+  console.error(`error: ${(error as Error).message}`);
+  process.exit(1);
+}
+
+export const lifecycle = { stopping: false };
+
+/** Stops gracefully on SIGTERM or SIGINT, at once on a second one. */
+export function stopOnSignal(server: Bun.Server<undefined>, close?: () => Promise<void>): void {
+  const stop = async () => {
+    if (lifecycle.stopping) process.exit(1);
+    lifecycle.stopping = true;
+    await Bun.sleep(500); // answers carry `Connection: close`: nobody sends into a closed connection
+    await Promise.race([server.stop(), Bun.sleep(5_000)]);
+    await close?.();
+    await Promise.race([written, Bun.sleep(1_000)]);
+    process.exit(0);
+  };
+  process.on("SIGTERM", stop).on("SIGINT", stop);
+}
+
+let pending = "";
+let dropped = 0;
+let written: Promise<void> | undefined;
+process.stdout.on("error", () => {}); // a closed stdout ends no server
+
+/** Writes a line of JSON to stdout, soon. Request data in it must be bounded by the caller. */
+export function log(event: string, details: Record<string, unknown>): void {
+  if (env["LOG"] === "off") return;
+  const entry = { time: new Date().toISOString(), event, ...details, ...(dropped && { dropped }) };
+  const full = pending.length > 1_048_576;
+  if (!full) pending += `${JSON.stringify(entry)}\n`;
+  dropped = full ? dropped + 1 : 0;
+  written ??= Bun.sleep(200).then(writeLog);
+}
+
+async function writeLog(): Promise<void> {
+  const text = pending;
+  await new Promise((done) => process.stdout.write(text, done));
+  pending = pending.slice(text.length);
+  written = pending ? Bun.sleep(200).then(writeLog) : undefined;
+}
