@@ -8,375 +8,315 @@
  *
  * Tokens are JWTs (RFC 9068), sent as Bearer (RFC 6750) or bound to a key of the caller (RFC 9449).
  * It asks nobody about a token: one counts until it expires or the key that signed it is gone.
- * Run: bun run api.ts
+ * A copier keeps `authorize`. Run: bun run api.ts
  */
 
 import { hash } from "node:crypto";
 import { STATUS_CODES } from "node:http";
 import * as jose from "jose";
-import { fail, fetchText, lifecycle, listenOptions, log } from "./config.ts";
+import { boundedFetch, fail, lifecycle, listenOptions, log } from "./config.ts";
 import { requireOrigin, resourceServer, stopOnSignal } from "./config.ts";
 
 // --- Data ----------------------------------------------------------------------------------------
 
-type Configuration = typeof resourceServer;
-type Answer = Response | Promise<Response>;
-
-/** The claims of an access token (RFC 9068 §2.2) that is valid here. */
-export type Claims = jose.JWTPayload & { client_id: string; exp: number };
-
+const { issuer, resource, acceptedAlgorithms, refreshSeconds, coolDownSeconds } = resourceServer;
+const resource_metadata = `${resource}/.well-known/oauth-protected-resource`; // RFC 9728 §3
 const leewaySeconds = 30;
 const proofMaxAgeSeconds = 90;
 const fetchTimeoutSeconds = 5;
 const fetchMaxBytes = 1_048_576;
-const maxRememberedTokens = 1_000;
+const maxRemembered = 1_000;
 const maxRememberedLength = 4_096;
 const maxUsedProofs = 50_000;
-const metadataPath = "/.well-known/oauth-protected-resource"; // RFC 9728 §3
 const privateMembers = "d p q dp dq qi oth k priv".split(" ");
 const noStore = { "cache-control": "no-store" };
-const json = { headers: { ...noStore, "content-type": "application/json" } };
+const jsonOptions = { headers: { ...noStore, "content-type": "application/json" } };
 const secondsNow = () => Math.floor(Date.now() / 1000);
+
+type Answer = Response | Promise<Response>;
+
+/** The claims of an access token (RFC 9068 §2.2) that is valid here. */
+export type Claims = jose.JWTPayload & { client_id: string; exp: number; cnf?: { jkt?: string } };
 
 // --- Errors --------------------------------------------------------------------------------------
 
 /** RFC 6750 §3.1, RFC 9449 §7.1: each code with its status and a constant text. */
 const errors = {
+  no_credentials: [401, "An access token is needed."], // a code for the log alone (§3.1)
   invalid_request: [400, "The Authorization field is malformed."],
   invalid_token: [401, "The access token is not valid here. The log of the API has the reason."],
   invalid_dpop_proof: [401, "The DPoP proof is missing or not valid."],
   insufficient_scope: [403, "The access token lacks the scope."],
+  temporarily_unavailable: [503, "The token cannot be checked now. Try again soon."],
 } as const;
 
-/** Why a caller is turned away. Without a code no credentials came, which is no error (§3.1). */
+/** Why a caller is turned away; the reason goes to the log. */
 export class Refusal extends Error {
-  readonly code: keyof typeof errors | undefined;
-  readonly details: Record<string, unknown>;
+  readonly code: keyof typeof errors;
+  readonly scope: string | undefined;
 
-  constructor(code: keyof typeof errors | undefined, reason: string, details = {}) {
+  constructor(code: keyof typeof errors, reason: string, scope?: string) {
     super(reason);
     this.code = code;
-    this.details = details;
+    this.scope = scope;
   }
 }
 
-/** The issuer's keys cannot be had now: 503, for the token may be a good one. */
-export class Unavailable extends Error {}
-
-/** For what a step finds wrong with the request: an Error becomes a Refusal with this code. */
+/** What a step finds wrong is an Error: this makes it a Refusal with the code of the step. */
 function refuse(code: keyof typeof errors) {
   return (error: Error): never => {
-    throw error instanceof Unavailable ? error : new Refusal(code, error.message);
+    throw error instanceof Refusal ? error : new Refusal(code, error.message);
   };
 }
 
 // --- Authorization -------------------------------------------------------------------------------
 
-/** Decides who may call. A copier keeps this class, and calls `authorize` where a handler begins. */
-export class ResourceServer {
-  readonly #configuration: Configuration;
-  /** By the value of the Authorization field, oldest first. */
-  readonly #remembered = new Map<string, Claims>();
-  readonly #usedProofs = new Set<string>();
-  #kids = new Set<string | undefined>();
-  #keySet: ReturnType<typeof jose.createLocalJWKSet> | undefined;
-  #jwks = "";
-  #fetching: Promise<void> | undefined;
-  #fetchedAt = -Infinity;
+/** Claims of valid tokens by the Authorization field they came in, oldest first. */
+const remembered = new Map<string, Claims>();
 
-  constructor(configuration: Configuration) {
-    this.#configuration = configuration;
-  }
-
-  /**
-   * The caller's claims, without waiting if the token was seen before. Throws or rejects with a
-   * Refusal for a caller who may not use `scope` (RFC 6750 §3), or with Unavailable.
-   */
-  authorize(request: Request, scope: string): Claims | Promise<Claims> {
-    const authorization = request.headers.get("authorization") ?? "";
-    const remembered = this.#remembered.get(authorization);
-    // Without leeway: a token that is about to expire is validated again.
-    const claims = remembered && remembered.exp > secondsNow() ? remembered : undefined;
-    if (claims && !claims["cnf"]) return requireScope(claims, scope);
-    return this.#authorize(request, authorization, claims, scope);
-  }
-
-  async #authorize(
-    request: Request,
-    authorization: string,
-    known: Claims | undefined,
-    scope: string,
-  ) {
-    const { scheme, accessToken } = presentedToken(authorization);
-    const claims = known ?? (await this.#validate(accessToken).catch(refuse("invalid_token")));
-    if ((scheme === "DPoP") !== "cnf" in claims) {
-      throw new Refusal(
-        "invalid_token",
-        "a bound token goes with DPoP, an unbound one with Bearer",
-      );
-    }
-    if (scheme === "DPoP") {
-      await this.#verifyProof(request, accessToken, claims).catch(refuse("invalid_dpop_proof"));
-    }
-    if (!known && authorization.length <= maxRememberedLength) {
-      this.#remembered.set(authorization, claims);
-      if (this.#remembered.size > maxRememberedTokens) deleteOldest(this.#remembered);
-    }
-    return requireScope(claims, scope);
-  }
-
-  /** RFC 9068 §4. Throws for a token that is not valid here. */
-  async #validate(accessToken: string): Promise<Claims> {
-    const { issuer, resource, acceptedAlgorithms } = this.#configuration;
-    const getKey: jose.JWTVerifyGetKey = (header, jws) => this.#key(header, jws);
-    const { payload, protectedHeader } = await jose.jwtVerify(accessToken, getKey, {
-      typ: "at+jwt", // or application/at+jwt
-      algorithms: acceptedAlgorithms,
-      issuer,
-      audience: resource,
-      requiredClaims: ["exp", "iat"],
-      clockTolerance: leewaySeconds,
-    });
-    if (protectedHeader.crit) throw new Error("crit in the header");
-    for (const name of ["sub", "client_id", "jti"]) {
-      if (typeof payload[name] !== "string" || !payload[name]) throw new Error(`no ${name}`);
-    }
-    return payload as Claims;
-  }
-
-  /** RFC 9449 §4.3 and §7.1. Throws for a proof that does not fit this request and token. */
-  async #verifyProof(request: Request, accessToken: string, { cnf }: Claims): Promise<void> {
-    const proof = request.headers.get("dpop") ?? "";
-    const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, {
-      typ: "dpop+jwt",
-      algorithms: this.#configuration.acceptedAlgorithms,
-    });
-    const { crit, jwk = {} } = protectedHeader;
-    const { htm, htu, iat = 0, jti, ath } = payload;
-    if (crit) throw new Error("crit in the header");
-    if (privateMembers.some((member) => member in jwk))
-      throw new Error("private key in the header");
-    if (htm !== request.method) throw new Error("htm is another method");
-    const uri = this.#configuration.resource + pathOf(request);
-    if (withoutQuery(htu) !== withoutQuery(uri)) throw new Error("htu is another address");
-    const age = secondsNow() - iat;
-    if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
-    if (ath !== hash("sha256", accessToken, "base64url")) throw new Error("ath of another token");
-    const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
-    if (jkt !== (cnf as { jkt?: unknown }).jkt)
-      throw new Error("not the key the token is bound to");
-    if (typeof jti !== "string" || !jti) throw new Error("no jti");
-    // Choice: the oldest is forgotten first. To refuse would let one caller lock out the others.
-    const used = hash("sha256", JSON.stringify([jkt, uri, jti]), "base64url");
-    if (this.#usedProofs.has(used)) throw new Error("jti used before");
-    this.#usedProofs.add(used);
-    if (this.#usedProofs.size > maxUsedProofs) deleteOldest(this.#usedProofs);
-  }
-
-  /** Whether tokens can be verified. */
-  get ready(): boolean {
-    return this.#keySet !== undefined;
-  }
-
-  /** The issuer's key that a token names; for an unknown one the keys are fetched again. */
-  async #key(header: jose.JWTHeaderParameters, jws: jose.FlattenedJWSInput) {
-    if (!header.kid) throw new Error("no kid in the header");
-    if (!this.#kids.has(header.kid)) await this.fetchKeys();
-    return await this.#keySet!(header, jws);
-  }
-
-  /** Fetches the issuer's keys, once at a time and once per cool-down. Throws Unavailable. */
-  async fetchKeys(): Promise<void> {
-    const elapsedSeconds = (performance.now() - this.#fetchedAt) / 1000;
-    if (elapsedSeconds >= this.#configuration.coolDownSeconds) {
-      this.#fetchedAt = performance.now();
-      this.#fetching = this.#fetchKeys().finally(() => (this.#fetching = undefined));
-    }
-    await this.#fetching;
-    if (!this.#keySet) throw new Unavailable("no keys of the issuer yet");
-  }
-
-  async #fetchKeys(): Promise<void> {
-    const { issuer } = this.#configuration;
-    const signal = AbortSignal.timeout(fetchTimeoutSeconds * 1000);
-    try {
-      const url = `${issuer}/.well-known/openid-configuration`;
-      const metadata = await fetchText(url, { signal }, fetchMaxBytes);
-      const { issuer: named, jwks_uri } = JSON.parse(metadata.text);
-      // RFC 8414 §3.3: the issuer must be identical to the one that was asked.
-      if (named !== issuer) throw new Error("metadata of another issuer");
-      const jwks = await fetchText(jwks_uri, { signal }, fetchMaxBytes - metadata.text.length);
-      this.#useKeys(jwks.text);
-    } catch (error) {
-      const reason = `keys of ${issuer}: ${(error as Error).message}`;
-      log("keys not fetched", { reason });
-      throw new Unavailable(reason);
-    }
-  }
-
-  #useKeys(text: string): void {
-    if (text === this.#jwks) return;
-    const { keys }: jose.JSONWebKeySet = JSON.parse(text);
-    const usable = keys.filter(({ kid, kty }) => kid && kty !== "oct");
-    if (!usable.length) throw new Error("no usable key in the JWK Set");
-    this.#keySet = jose.createLocalJWKSet({ keys: usable });
-    this.#kids = new Set(usable.map(({ kid }) => kid));
-    this.#jwks = text;
-    this.#remembered.clear();
-  }
+/**
+ * The caller's claims, without waiting if the token was seen before. Throws, or rejects with, a
+ * Refusal for a caller who may not use `scope` (RFC 6750 §3).
+ */
+export function authorize(request: Request, scope: string): Claims | Promise<Claims> {
+  const authorization = request.headers.get("authorization") ?? "";
+  const claims = remembered.get(authorization);
+  // Without leeway: a token that is about to expire is validated again.
+  const known = claims && claims.exp > secondsNow() ? claims : undefined;
+  if (known && !known.cnf) return requireScope(known, scope);
+  return validateCall(request, scope, authorization, known);
 }
 
-/** RFC 6750 §2.1 and RFC 9449 §7.1: absent, malformed, or a token with its scheme. */
+async function validateCall(
+  request: Request,
+  scope: string,
+  authorization: string,
+  known?: Claims,
+) {
+  const { scheme, accessToken } = presentedToken(authorization);
+  const claims = known ?? (await validateToken(accessToken).catch(refuse("invalid_token")));
+  const jkt = claims.cnf?.jkt;
+  if (scheme !== (jkt ? "dpop" : "bearer")) throw new Refusal("invalid_token", "the other scheme");
+  if (jkt) await verifyProof(request, accessToken, jkt).catch(refuse("invalid_dpop_proof"));
+  if (!known && authorization.length <= maxRememberedLength) {
+    remembered.set(authorization, claims);
+    if (remembered.size > maxRemembered) remembered.delete(remembered.keys().next().value!);
+  }
+  return requireScope(claims, scope);
+}
+
+/** RFC 6750 §2.1, RFC 9449 §7.1. */
 function presentedToken(authorization: string) {
   // Two fields arrive as one, joined by a comma.
-  if (!/(^|, *)(Bearer|DPoP)( |$)/i.test(authorization)) throw new Refusal(undefined, "no token");
+  const isOurs = /(^|, *)(Bearer|DPoP)( |$)/i.test(authorization);
+  if (!isOurs) throw new Refusal("no_credentials", "no credentials of a known scheme");
   const [, scheme, accessToken] = /^(Bearer|DPoP) +([\w.~+/-]+=*)$/i.exec(authorization) ?? [];
   if (!scheme || !accessToken) throw new Refusal("invalid_request", "malformed Authorization");
-  return { scheme: scheme.length === 4 ? "DPoP" : "Bearer", accessToken };
+  return { scheme: scheme.toLowerCase(), accessToken };
 }
 
-/** The claims, if `scope` is among theirs, which is a string or, from other issuers, an array. */
+/** RFC 9068 §4. Throws for a token that is not valid here. */
+async function validateToken(accessToken: string): Promise<Claims> {
+  const { payload, protectedHeader } = await jose.jwtVerify<Claims>(accessToken, issuerKey, {
+    typ: "at+jwt", // or application/at+jwt
+    algorithms: acceptedAlgorithms,
+    issuer,
+    audience: resource,
+    requiredClaims: ["exp", "iat"],
+    clockTolerance: leewaySeconds,
+  });
+  if (protectedHeader.crit) throw new Error("crit in the header");
+  const { sub, client_id, jti, cnf } = payload;
+  for (const claim of [sub, client_id, jti]) {
+    if (typeof claim !== "string" || !claim) throw new Error("no sub, client_id or jti");
+  }
+  // Of the ways to bind a token (RFC 7800 §3) this server knows one.
+  if ("cnf" in payload && typeof cnf?.jkt !== "string") throw new Error("bound in an unknown way");
+  return payload;
+}
+
+/** The claims, if their scope, a string or from other issuers an array, has this one. */
 function requireScope(claims: Claims, scope: string): Claims {
   const granted = claims["scope"];
   const scopes = typeof granted === "string" ? granted.split(" ") : granted;
   if (Array.isArray(scopes) && scopes.includes(scope)) return claims;
   const { client_id, jti } = claims;
-  throw new Refusal("insufficient_scope", "scope missing", { client_id, jti, scope });
+  throw new Refusal("insufficient_scope", `token ${jti} of ${client_id} lacks ${scope}`, scope);
 }
 
-function deleteOldest(collection: Map<string, unknown> | Set<string>): void {
-  for (const oldest of collection.keys()) return void collection.delete(oldest);
+// --- Proof of possession -------------------------------------------------------------------------
+
+const usedProofs = new Set<string>();
+
+/** RFC 9449 §4.3 and §7.1. Throws for a proof that does not fit this request and token. */
+async function verifyProof(request: Request, accessToken: string, boundTo: string): Promise<void> {
+  const proof = request.headers.get("dpop") ?? "";
+  const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, {
+    typ: "dpop+jwt",
+    algorithms: acceptedAlgorithms,
+  });
+  const { crit, jwk = {} } = protectedHeader;
+  const { htm, htu, iat = 0, jti, ath } = payload;
+  if (crit) throw new Error("crit in the header");
+  if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
+  if (htm !== request.method) throw new Error("htm is another method");
+  const { origin, pathname } = new URL(`${htu}`); // normalized, as RFC 3986 §6.2.2 and §6.2.3 say
+  const uri = origin + pathname;
+  if (uri !== new URL(resource + pathOf(request)).href) throw new Error("htu is another address");
+  const age = secondsNow() - iat;
+  if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
+  if (ath !== hash("sha256", accessToken, "base64url")) throw new Error("ath of another token");
+  const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
+  if (jkt !== boundTo) throw new Error("not the key that the token is bound to");
+  if (typeof jti !== "string" || !jti) throw new Error("no jti");
+  const used = hash("sha256", JSON.stringify([jkt, uri, jti]), "base64url");
+  if (usedProofs.has(used)) throw new Error("jti used before");
+  usedProofs.add(used);
+  // Choice: the oldest is forgotten. To refuse instead would let one caller lock out the others.
+  if (usedProofs.size > maxUsedProofs) usedProofs.delete(usedProofs.keys().next().value!);
 }
 
-/** Normalized by the URL parser (RFC 3986 §6.2.2, §6.2.3). Throws TypeError for what is no URL. */
-function withoutQuery(url: unknown): string {
-  const { origin, pathname } = new URL(typeof url === "string" ? url : "");
-  return origin + pathname;
+// --- Keys of the issuer --------------------------------------------------------------------------
+
+let jwks = "";
+let kids = new Set<string | undefined>();
+let keySet: ReturnType<typeof jose.createLocalJWKSet> | undefined;
+let fetching: Promise<void> | undefined;
+let fetchedAt = -Infinity;
+
+/** The key that a token names; for an unknown one the keys are fetched again. */
+async function issuerKey(header: jose.JWTHeaderParameters, token: jose.FlattenedJWSInput) {
+  if (!header.kid) throw new Error("no kid in the header");
+  if (!kids.has(header.kid)) await refreshKeys();
+  return await keySet!(header, token);
+}
+
+/** Fetches the keys, once at a time and once per cool-down. Throws if there are none. */
+async function refreshKeys(): Promise<void> {
+  if (performance.now() - fetchedAt >= coolDownSeconds * 1000) {
+    fetchedAt = performance.now();
+    fetching = fetchKeys().finally(() => (fetching = undefined));
+  }
+  await fetching?.catch((error: Error) => {
+    log("keys not fetched", { reason: error.message });
+    throw new Refusal("temporarily_unavailable", `keys not fetched: ${error.message}`);
+  });
+  if (!keySet) throw new Refusal("temporarily_unavailable", "no keys of the issuer yet");
+}
+
+async function fetchKeys(): Promise<void> {
+  const signal = AbortSignal.timeout(fetchTimeoutSeconds * 1000);
+  const url = `${issuer}/.well-known/openid-configuration`;
+  const metadata = await (await boundedFetch(url, { signal }, fetchMaxBytes)).text();
+  const { issuer: named, jwks_uri } = JSON.parse(metadata);
+  // RFC 8414 §3.3: the issuer must be identical to the one that was asked.
+  if (named !== issuer) throw new Error("metadata of another issuer");
+  const rest = fetchMaxBytes - metadata.length;
+  const text = await (await boundedFetch(jwks_uri, { signal }, rest)).text();
+  if (text === jwks) return;
+  const { keys }: jose.JSONWebKeySet = JSON.parse(text);
+  const usable = keys.filter(({ kid, kty }) => kid && kty !== "oct");
+  if (!usable.length) throw new Error("no usable key in the JWK Set");
+  keySet = jose.createLocalJWKSet({ keys: usable });
+  kids = new Set(usable.map(({ kid }) => kid));
+  jwks = text;
+  remembered.clear();
 }
 
 // --- Routes --------------------------------------------------------------------------------------
 
-/** The path that was asked for: not always part of an absolute URL (HTTP/1.0, CONNECT). */
+/** What GET answers, by path. */
+const documents = new Map<string, (request: Request) => Answer>([
+  ["/identity", identity],
+  ["/.well-known/oauth-protected-resource", metadata],
+  ["/health", health],
+]);
+
+function route(request: Request): Answer {
+  const document = documents.get(pathOf(request));
+  if (!document) return plain(404);
+  const allowed = request.method === "GET" || request.method === "HEAD";
+  return allowed ? document(request) : plain(405, { allow: "GET, HEAD" });
+}
+
+/** Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT). */
 function pathOf({ url }: Request): string {
   return /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(url)?.[1] ?? "";
 }
 
-function route(api: ResourceServer, configuration: Configuration, request: Request): Answer {
-  const path = pathOf(request);
-  const document = documents.get(path);
-  if (!document) return plain(404);
-  if (!/^(GET|HEAD)$/.test(request.method)) return plain(405, { allow: "GET, HEAD" });
-  return document(api, request, configuration);
+function plain(status: number, headers = {}, text = STATUS_CODES[status]): Response {
+  return new Response(text, { status, headers: { ...noStore, ...headers } });
 }
 
-const documents = new Map<
-  string,
-  (api: ResourceServer, request: Request, configuration: Configuration) => Answer
->([
-  ["/identity", identity],
-  [metadataPath, metadata],
-  ["/health", health],
-]);
-
-function plain(status: number, headers?: Record<string, string>): Response {
-  return new Response(STATUS_CODES[status], { status, headers: { ...noStore, ...headers } });
+function identity(request: Request): Answer {
+  const claims = authorize(request, "api1");
+  return claims instanceof Promise ? claims.then(show) : show(claims);
 }
 
-/** The caller's claims, each value as a string. */
-function identity(api: ResourceServer, request: Request): Answer {
-  const claims = api.authorize(request, "api1");
-  return claims instanceof Promise ? claims.then(showClaims) : showClaims(claims);
-}
-
-/** The text of the answer is kept as long as the claims are remembered. */
 const shown = new WeakMap<Claims, string>();
 
-function showClaims(claims: Claims): Response {
-  let text = shown.get(claims);
-  if (text === undefined) {
-    const entries = Object.entries(claims).flatMap(([type, value]) =>
-      [value]
-        .flat()
-        .map((one) => ({ type, value: typeof one === "object" ? JSON.stringify(one) : `${one}` })),
-    );
-    text = JSON.stringify(entries);
-    shown.set(claims, text);
-  }
-  return new Response(text, json);
+/** The claims as a list, each value a string; the text is kept as long as the claims are. */
+function show(claims: Claims): Response {
+  const text = shown.get(claims) ?? JSON.stringify(Object.entries(claims).flatMap(listed));
+  shown.set(claims, text);
+  return new Response(text, jsonOptions);
+}
+
+function listed([type, value]: [string, unknown]) {
+  const text = (member: unknown) => (typeof member === "string" ? member : JSON.stringify(member));
+  return [value].flat().map((member) => ({ type, value: text(member) }));
 }
 
 /** RFC 9728 §2. */
-function metadata(_api: ResourceServer, _request: Request, configuration: Configuration): Response {
-  const { resource, resource_name, issuer, acceptedAlgorithms } = configuration;
-  return Response.json(
-    {
-      resource,
-      resource_name,
-      authorization_servers: [issuer],
-      scopes_supported: ["api1"],
-      bearer_methods_supported: ["header"],
-      dpop_signing_alg_values_supported: acceptedAlgorithms,
-    },
-    { headers: { "cache-control": "public, max-age=3600" } },
-  );
-}
-
-function health(api: ResourceServer): Response {
-  if (!api.ready) api.fetchKeys().catch(() => {});
-  const ready = api.ready && !lifecycle.stopping;
-  return Response.json(
-    { status: ready ? "ok" : "unavailable" },
-    { status: ready ? 200 : 503, headers: noStore },
-  );
-}
-
-/** The challenges of RFC 6750 §3 and RFC 9449 §7.1, with the error at the scheme that was used. */
-function refusal(
-  error: unknown,
-  request: Request,
-  { resource, acceptedAlgorithms }: Configuration,
-): Response {
-  if (error instanceof Unavailable) return plain(503, { "retry-after": "5" });
-  if (!(error instanceof Refusal)) throw error;
-  const { code, message: reason, details } = error;
-  log("call refused", { error: code, reason, ...details });
-  const [status, text] = code ? errors[code] : ([401, "An access token is needed."] as const);
-  const where = `resource_metadata="${resource}${metadataPath}"`;
-  const scope = code === "insufficient_scope" ? `, scope="${details["scope"]}"` : "";
-  const why = code ? `, error="${code}", error_description="${text}"${scope}` : "";
-  const isDpop = /^DPoP /i.test(request.headers.get("authorization") ?? "");
-  const bearer = `Bearer ${where}${isDpop ? "" : why}`;
-  const dpop = `DPoP algs="${acceptedAlgorithms.join(" ")}", ${where}${isDpop ? why : ""}`;
-  return new Response(text, {
-    status,
-    headers: { ...noStore, "www-authenticate": `${bearer}, ${dpop}` },
+function metadata(): Response {
+  return Response.json({
+    resource,
+    resource_name: resourceServer.resource_name,
+    authorization_servers: [issuer],
+    scopes_supported: ["api1"],
+    bearer_methods_supported: ["header"],
+    dpop_signing_alg_values_supported: acceptedAlgorithms,
   });
+}
+
+/** Whether this instance should get calls. One without keys looks for them. */
+function health(): Response {
+  if (!keySet) refreshKeys().catch(() => {});
+  const ready = keySet && !lifecycle.stopping;
+  const options = { status: ready ? 200 : 503, headers: noStore };
+  return Response.json({ status: ready ? "ok" : "unavailable" }, options);
+}
+
+/** The challenges of RFC 6750 §3 and RFC 9449 §7.1, the error at the scheme that was used. */
+function refusal(error: unknown, request: Request, address: string): Response {
+  if (!(error instanceof Refusal)) throw error;
+  const { code, message: reason, scope } = error;
+  log("call refused", { address, error: code, reason });
+  const [status, text] = errors[code];
+  if (status === 503) return plain(status, { "retry-after": `${coolDownSeconds}` });
+  const details = `, error="${code}", error_description="${text}"${scope ? `, scope="${scope}"` : ""}`;
+  const shown = code === "no_credentials" ? "" : details;
+  const isDpop = /^dpop /i.test(request.headers.get("authorization") ?? "");
+  const where = `resource_metadata="${resource_metadata}"`;
+  const bearer = `Bearer ${where}${isDpop ? "" : shown}`;
+  const dpop = `DPoP algs="${acceptedAlgorithms.join(" ")}", ${where}${isDpop ? shown : ""}`;
+  return plain(status, { "www-authenticate": `${bearer}, ${dpop}` }, text);
 }
 
 // --- Start ---------------------------------------------------------------------------------------
 
 /** Starts the API, also while the issuer is down. Throws for mistakes in the configuration. */
-export async function start(configuration = resourceServer) {
-  requireOrigin("ISSUER", configuration.issuer);
-  const origin = requireOrigin("API_URL", configuration.resource);
-  const api = new ResourceServer(configuration);
-  setInterval(
-    () => api.ready && api.fetchKeys().catch(() => {}),
-    configuration.refreshSeconds * 1000,
-  ).unref();
+export async function start() {
+  requireOrigin("ISSUER", issuer);
+  const origin = requireOrigin("API_URL", resource);
+  setInterval(() => keySet && refreshKeys().catch(() => {}), refreshSeconds * 1000).unref();
   return Bun.serve({
-    ...(await listenOptions("API", origin, configuration.listen)),
+    ...(await listenOptions("API", origin, resourceServer.listen)),
     development: false,
     maxRequestBodySize: 16_384,
     fetch: (request, http) => {
-      try {
-        const answer = route(api, configuration, request);
-        return answer instanceof Promise
-          ? answer.catch((error) => refusal(error, request, configuration))
-          : answer;
-      } catch (error) {
-        return refusal(error, request, configuration);
-      }
+      const answer = respond(request, http.requestIP(request)?.address ?? "");
+      return lifecycle.stopping ? closing(answer) : answer;
     },
     error: (error) => {
       log("request failed", { reason: `${error.stack}`.slice(0, 2_000) });
@@ -385,9 +325,24 @@ export async function start(configuration = resourceServer) {
   });
 }
 
-async function main(): Promise<void> {
-  stopOnSignal(await start());
-  console.error(`API: ${resourceServer.resource}`);
+/** Without a promise where none is needed: most calls come with a token that is remembered. */
+function respond(request: Request, address: string): Answer {
+  try {
+    const answer = route(request);
+    if (!(answer instanceof Promise)) return answer;
+    return answer.catch((error) => refusal(error, request, address));
+  } catch (error) {
+    return refusal(error, request, address);
+  }
 }
 
-if (import.meta.main) main().catch(fail);
+async function closing(answer: Answer): Promise<Response> {
+  const response = await answer;
+  response.headers.set("connection", "close");
+  return response;
+}
+
+if (import.meta.main) {
+  stopOnSignal(await start().catch(fail));
+  console.error(`API: ${resource}`);
+}

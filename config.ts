@@ -29,7 +29,6 @@ export interface ClientRegistration {
 const { env } = process;
 const issuer = env["ISSUER"] || "https://localhost:5001";
 const resource = env["API_URL"] || "https://localhost:6001";
-const daySeconds = 86_400;
 
 /** How an API keeps up with the authorization server's keys. */
 const keyRefresh = { refreshSeconds: 300, coolDownSeconds: 5 };
@@ -60,9 +59,9 @@ export const authorizationServer = {
   signingKeys: {
     /** The first one signs; the keys of all are published. */
     algorithms: ["ES256"],
-    rotationSeconds: 90 * daySeconds,
+    rotationSeconds: 90 * 86_400,
     /** How long a key stays published after it signed last. */
-    retentionSeconds: 14 * daySeconds,
+    retentionSeconds: 14 * 86_400,
     pollSeconds: 10,
     maxAgeSeconds: 60,
     ...keyRefresh,
@@ -100,7 +99,7 @@ export function requireOrigin(setting: string, value: string): URL {
   const safe = url?.protocol === "https:" || (url?.protocol === "http:" && isLoopback(url));
   if (safe && url.origin === value) return url;
   const rule = "an https origin such as https://auth.example.com (http on a loopback host only)";
-  throw new Error(`${setting} must be ${rule}: ${value}`);
+  throw new Error(`${setting} must be ${rule}, not ${value}`);
 }
 
 export function isLoopback({ hostname }: URL): boolean {
@@ -109,9 +108,7 @@ export function isLoopback({ hostname }: URL): boolean {
 
 /** Options for Bun.serve: at `origin`, or in plain http at `listen`, where a proxy ends TLS. */
 export async function listenOptions(name: "ISSUER" | "API", origin: URL, listen?: string) {
-  if (listen && !/^[^/@?#]+:\d+$/.test(listen)) {
-    throw new Error(`${name}_LISTEN must be host:port, such as 127.0.0.1:8080: ${listen}`);
-  }
+  if (listen && !/.:\d+$/.test(listen)) throw new Error(`${name}_LISTEN must be host:port`);
   const { protocol, hostname, port } = listen ? new URL(`http://${listen}`) : origin;
   const options = {
     hostname: hostname.replace(/^\[|\]$/g, ""),
@@ -120,11 +117,16 @@ export async function listenOptions(name: "ISSUER" | "API", origin: URL, listen?
   };
   if (protocol === "http:") return options;
   if (env["TLS_CERT"] || isLoopback(origin)) return { ...options, tls: await certificate() };
-  const ways = `set TLS_CERT and TLS_KEY, or ${name}_LISTEN behind a proxy that ends TLS`;
-  throw new Error(`${origin.origin} has no certificate: ${ways}`);
+  throw new Error(`${origin.origin} needs TLS_CERT and TLS_KEY, or ${name}_LISTEN behind a proxy`);
 }
 
-/** Key and certificate in PEM: TLS_KEY and TLS_CERT, else one made for localhost at first use. */
+/** Options for fetch: on a loopback host the certificate in use here is trusted as well. */
+export async function trust(url: URL): Promise<{ tls?: { ca: string[] } }> {
+  if (url.protocol === "http:" || !isLoopback(url)) return {};
+  return { tls: { ca: [(await certificate()).cert, ...getCACertificates()] } };
+}
+
+/** Key and certificate in PEM: TLS_KEY and TLS_CERT, or one for localhost, made at first use. */
 async function certificate(): Promise<{ key: string; cert: string }> {
   if (env["TLS_CERT"]) return { key: readSetting("TLS_KEY"), cert: readSetting("TLS_CERT") };
   const file = "keys/localhost.pem";
@@ -137,7 +139,7 @@ async function certificate(): Promise<{ key: string; cert: string }> {
     // link() never overwrites: the three programs may start at the same instant.
     if (made) await link(draft, file).catch(() => {});
     rmSync(draft);
-    if (!made) throw new Error(`openssl made no certificate: ${waysOn}`);
+    if (!made) throw new Error(`No certificate without openssl: ${waysOn}`);
   }
   const pem = readFileSync(file, "utf8");
   return { key: pem, cert: pem };
@@ -147,8 +149,8 @@ const selfSigned = `openssl req -x509 -days 3650 -nodes -newkey ec -pkeyopt ec_p
   -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout`.split(
   /\s+/,
 );
-const waysOn = `install it, set TLS_CERT and TLS_KEY, or use http (ISSUER=http://localhost:5001
-  API_URL=http://localhost:6001)`;
+const waysOn =
+  "install it, set TLS_CERT and TLS_KEY, or set ISSUER and API_URL to http on a loopback host";
 
 /** The text of the file that an environment variable names. Throws an Error that names both. */
 export function readSetting(variable: string): string {
@@ -159,42 +161,41 @@ export function readSetting(variable: string): string {
   }
 }
 
-// --- Requests, start, stop, log ------------------------------------------------------------------
-
-/**
- * Fetches, without following redirects; on a loopback host it trusts this machine's certificate.
- * Returns status, headers and text. Throws when `signal` aborts or the text is over `maxBytes`.
- */
-export async function fetchText(url: string, init: RequestInit, maxBytes: number) {
-  const local = url.startsWith("https:") && isLoopback(new URL(url));
-  const tls = local ? { ca: [(await certificate()).cert, ...getCACertificates()] } : {};
-  const { status, headers, body } = await fetch(url, { ...init, redirect: "manual", tls });
+/** Fetches without following redirects. Throws also when the answer is over `maxBytes` long. */
+export async function boundedFetch(url: string, init: RequestInit, maxBytes: number) {
+  const response = await fetch(url, {
+    ...init,
+    ...(await trust(new URL(url))),
+    redirect: "manual",
+  });
   const chunks: Uint8Array[] = [];
   let bytes = 0;
-  for await (const chunk of body ?? []) {
+  for await (const chunk of response.body ?? []) {
     bytes += chunk.byteLength;
     if (bytes > maxBytes) throw new Error(`the answer is longer than ${maxBytes} bytes`);
     chunks.push(chunk);
   }
-  return { status, headers, text: Buffer.concat(chunks).toString() };
+  return new Response(bytes ? Buffer.concat(chunks) : null, response);
 }
 
+// --- Start, stop, log ----------------------------------------------------------------------------
+
 /** Ends the program: one line on stderr, exit code 1. */
-export function fail(error: unknown): never {
-  console.error(`error: ${(error as Error).message}`);
+export function fail(error: Error): never {
+  console.error(`error: ${error.message}`);
   process.exit(1);
 }
 
 export const lifecycle = { stopping: false };
 
 /** Stops gracefully on SIGTERM or SIGINT, at once on a second one. */
-export function stopOnSignal(server: Bun.Server<undefined>, close?: () => Promise<void>): void {
+export function stopOnSignal(server: Bun.Server<undefined>, close = async () => {}): void {
   const stop = async () => {
     if (lifecycle.stopping) process.exit(1);
     lifecycle.stopping = true;
     await Bun.sleep(500); // answers carry `Connection: close`: nobody sends into a closed connection
     await Promise.race([server.stop(), Bun.sleep(5_000)]);
-    await close?.();
+    await close();
     await Promise.race([written, Bun.sleep(1_000)]);
     process.exit(0);
   };

@@ -1,0 +1,146 @@
+/** What the tests share: free ports, programs as processes, modules with a configuration of their own. */
+
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import * as configuration from "../config.ts";
+
+export type Changes = {
+  [party in "authorizationServer" | "resourceServer" | "client"]?: Partial<
+    (typeof configuration)[party]
+  >;
+};
+
+export const root = join(import.meta.dir, "..");
+const temporary: string[] = [];
+const running = new Set<Program>();
+
+/** A new directory, removed when the tests end. */
+export function temporaryDirectory(): string {
+  const directory = mkdtempSync(join(tmpdir(), "oauth-test-"));
+  temporary.push(directory);
+  return directory;
+}
+
+/** A port of the loopback interface that nobody listens on. */
+export function freePort(): number {
+  const server = Bun.serve({ hostname: "127.0.0.1", port: 0, fetch: () => new Response() });
+  const { port } = server;
+  void server.stop(true);
+  return port!;
+}
+
+export const freeOrigin = () => `http://127.0.0.1:${freePort()}`;
+
+/** A started program, with all that it printed so far. */
+export class Program {
+  stdout = "";
+  stderr = "";
+  readonly process: Bun.Subprocess<"ignore", "pipe", "pipe">;
+  readonly #read: Promise<unknown>;
+
+  constructor(
+    command: string[],
+    options: { cwd: string; env: Record<string, string | undefined> },
+  ) {
+    this.process = Bun.spawn(command, {
+      ...options,
+      stdin: "ignore",
+      stdout: "pipe",
+      stderr: "pipe",
+    });
+    this.#read = Promise.all([this.#collect("stdout"), this.#collect("stderr")]);
+    running.add(this);
+  }
+
+  async #collect(stream: "stdout" | "stderr"): Promise<void> {
+    const decoder = new TextDecoder();
+    for await (const chunk of this.process[stream]) {
+      this[stream] += decoder.decode(chunk, { stream: true });
+    }
+  }
+
+  /** Waits until the program printed what `pattern` matches. Rejects when it ended before. */
+  async printed(pattern: RegExp, stream: "stdout" | "stderr" = "stderr"): Promise<void> {
+    while (!pattern.test(this[stream])) {
+      if (this.process.exitCode !== null || this.process.signalCode !== null) {
+        await this.#read;
+        if (pattern.test(this[stream])) return;
+        throw new Error(`the program ended without ${pattern}: ${this.stderr}${this.stdout}`);
+      }
+      await Bun.sleep(5);
+    }
+  }
+
+  /** The exit code, once the program ended and everything it printed was read. */
+  async ended(): Promise<number> {
+    const code = await this.process.exited;
+    await this.#read;
+    running.delete(this);
+    return code;
+  }
+
+  async stop(signal: NodeJS.Signals = "SIGKILL"): Promise<number> {
+    this.process.kill(signal);
+    return await this.ended();
+  }
+
+  /** The lines of the log, parsed. */
+  get log(): Record<string, unknown>[] {
+    const lines = this.stdout.split("\n").filter((line) => line.startsWith("{"));
+    return lines.map((line) => JSON.parse(line));
+  }
+}
+
+interface LaunchOptions {
+  cwd?: string;
+  env?: Record<string, string | undefined>;
+  changes?: Changes;
+  arguments?: string[];
+}
+
+/** Starts one of the programs in a directory of its own, with a changed configuration. */
+export function launch(program: "idp" | "api" | "client", options: LaunchOptions = {}): Program {
+  const { cwd = temporaryDirectory(), env = {}, changes, arguments: rest = [] } = options;
+  const preload = changes ? ["--preload", join(root, "test/configure.ts")] : [];
+  const configured = changes ? { CONFIGURATION: JSON.stringify(changes) } : {};
+  return new Program([process.execPath, ...preload, join(root, `${program}.ts`), ...rest], {
+    cwd,
+    env: { PATH: process.env["PATH"], HOME: process.env["HOME"], ...configured, ...env },
+  });
+}
+
+let instances = 0;
+
+/**
+ * A program's module, loaded anew in this process with a changed configuration. `use` gets the
+ * module, and the changes hold until it is done (start the server there).
+ */
+export async function withModule<Module, Result>(
+  program: "idp" | "api" | "client",
+  changes: Changes,
+  use: (module: Module) => Promise<Result>,
+): Promise<Result> {
+  const before = structuredClone({
+    authorizationServer: configuration.authorizationServer,
+    resourceServer: configuration.resourceServer,
+    client: configuration.client,
+  });
+  for (const party of ["authorizationServer", "resourceServer", "client"] as const) {
+    Object.assign(configuration[party], changes[party]);
+  }
+  try {
+    instances += 1;
+    return await use((await import(`../${program}.ts?${instances}`)) as Module);
+  } finally {
+    for (const party of ["authorizationServer", "resourceServer", "client"] as const) {
+      Object.assign(configuration[party], before[party]);
+    }
+  }
+}
+
+/** Ends every program that is still running and removes the directories. For `afterAll`. */
+export async function cleanUp(): Promise<void> {
+  await Promise.all([...running].map((program) => program.stop()));
+  for (const directory of temporary.splice(0)) rmSync(directory, { recursive: true, force: true });
+}
