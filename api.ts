@@ -11,8 +11,6 @@
  * A copier keeps `authorize`. Run: bun run api.ts
  */
 
-import { hash } from "node:crypto";
-import { STATUS_CODES } from "node:http";
 import * as jose from "jose";
 import { boundedFetch, fail, lifecycle, listenOptions, log } from "./config.ts";
 import { requireOrigin, resourceServer, stopOnSignal } from "./config.ts";
@@ -20,18 +18,16 @@ import { requireOrigin, resourceServer, stopOnSignal } from "./config.ts";
 // --- Data ----------------------------------------------------------------------------------------
 
 const { issuer, resource, acceptedAlgorithms, refreshSeconds, coolDownSeconds } = resourceServer;
-const resource_metadata = `${resource}/.well-known/oauth-protected-resource`; // RFC 9728 §3
+const where = `resource_metadata="${resource}/.well-known/oauth-protected-resource"`; // RFC 9728 §5.1
+const challenges = `Bearer ${where}, DPoP algs="${acceptedAlgorithms.join(" ")}", ${where}`;
 const leewaySeconds = 30;
 const proofMaxAgeSeconds = 90;
-const fetchTimeoutSeconds = 5;
-const fetchMaxBytes = 1_048_576;
-const maxRemembered = 1_000;
-const maxRememberedLength = 4_096;
-const maxUsedProofs = 50_000;
+const maxBytes = 1_048_576;
+const proofRules = { typ: "dpop+jwt", algorithms: acceptedAlgorithms };
 const privateMembers = "d p q dp dq qi oth k priv".split(" ");
-const noStore = { "cache-control": "no-store" };
-const jsonOptions = { headers: { ...noStore, "content-type": "application/json" } };
+const json = new Headers({ "cache-control": "no-store", "content-type": "application/json" });
 const secondsNow = () => Math.floor(Date.now() / 1000);
+const isText = (value: unknown) => typeof value === "string" && value !== "";
 
 type Answer = Response | Promise<Response>;
 
@@ -48,6 +44,7 @@ const errors = {
   invalid_dpop_proof: [401, "The DPoP proof is missing or not valid."],
   insufficient_scope: [403, "The access token lacks the scope."],
   temporarily_unavailable: [503, "The token cannot be checked now. Try again soon."],
+  server_error: [500, "Internal Server Error"],
 } as const;
 
 /** Why a caller is turned away; the reason goes to the log. */
@@ -63,11 +60,9 @@ export class Refusal extends Error {
 }
 
 /** What a step finds wrong is an Error: this makes it a Refusal with the code of the step. */
-function refuse(code: keyof typeof errors) {
-  return (error: Error): never => {
-    throw error instanceof Refusal ? error : new Refusal(code, error.message);
-  };
-}
+const refuse = (code: keyof typeof errors) => (error: Error) => {
+  throw error instanceof Refusal ? error : new Refusal(code, error.message);
+};
 
 // --- Authorization -------------------------------------------------------------------------------
 
@@ -79,40 +74,32 @@ const remembered = new Map<string, Claims>();
  * Refusal for a caller who may not use `scope` (RFC 6750 §3).
  */
 export function authorize(request: Request, scope: string): Claims | Promise<Claims> {
-  const authorization = request.headers.get("authorization") ?? "";
-  const claims = remembered.get(authorization);
+  const field = request.headers.get("authorization") ?? "";
+  const claims = remembered.get(field);
   // Without leeway: a token that is about to expire is validated again.
   const known = claims && claims.exp > secondsNow() ? claims : undefined;
   if (known && !known.cnf) return requireScope(known, scope);
-  return validateCall(request, scope, authorization, known);
+  return validateCall(request, scope, field, known);
 }
 
-async function validateCall(
-  request: Request,
-  scope: string,
-  authorization: string,
-  known?: Claims,
-) {
-  const { scheme, accessToken } = presentedToken(authorization);
+async function validateCall(request: Request, scope: string, field: string, known?: Claims) {
+  const { scheme, accessToken } = presentedToken(field);
   const claims = known ?? (await validateToken(accessToken).catch(refuse("invalid_token")));
   const jkt = claims.cnf?.jkt;
   if (scheme !== (jkt ? "dpop" : "bearer")) throw new Refusal("invalid_token", "the other scheme");
   if (jkt) await verifyProof(request, accessToken, jkt).catch(refuse("invalid_dpop_proof"));
-  if (!known && authorization.length <= maxRememberedLength) {
-    remembered.set(authorization, claims);
-    if (remembered.size > maxRemembered) remembered.delete(remembered.keys().next().value!);
-  }
+  if (field.length <= 4_096) remembered.set(field, claims);
+  if (remembered.size > 1_000) remembered.delete(remembered.keys().next().value!);
   return requireScope(claims, scope);
 }
 
 /** RFC 6750 §2.1, RFC 9449 §7.1. */
-function presentedToken(authorization: string) {
+function presentedToken(field: string) {
+  const [, scheme, accessToken] = /^(Bearer|DPoP) +([\w.~+/-]+=*)$/i.exec(field) ?? [];
+  if (scheme && accessToken) return { scheme: scheme.toLowerCase(), accessToken };
   // Two fields arrive as one, joined by a comma.
-  const isOurs = /(^|, *)(Bearer|DPoP)( |$)/i.test(authorization);
-  if (!isOurs) throw new Refusal("no_credentials", "no credentials of a known scheme");
-  const [, scheme, accessToken] = /^(Bearer|DPoP) +([\w.~+/-]+=*)$/i.exec(authorization) ?? [];
-  if (!scheme || !accessToken) throw new Refusal("invalid_request", "malformed Authorization");
-  return { scheme: scheme.toLowerCase(), accessToken };
+  const isOurs = /(^|, *)(Bearer|DPoP)( |$)/i.test(field);
+  throw new Refusal(isOurs ? "invalid_request" : "no_credentials", "no well-formed access token");
 }
 
 /** RFC 9068 §4. Throws for a token that is not valid here. */
@@ -127,11 +114,9 @@ async function validateToken(accessToken: string): Promise<Claims> {
   });
   if (protectedHeader.crit) throw new Error("crit in the header");
   const { sub, client_id, jti, cnf } = payload;
-  for (const claim of [sub, client_id, jti]) {
-    if (typeof claim !== "string" || !claim) throw new Error("no sub, client_id or jti");
-  }
+  if (![sub, client_id, jti].every(isText)) throw new Error("no sub, client_id or jti");
   // Of the ways to bind a token (RFC 7800 §3) this server knows one.
-  if ("cnf" in payload && typeof cnf?.jkt !== "string") throw new Error("bound in an unknown way");
+  if ("cnf" in payload && !cnf?.jkt) throw new Error("bound in an unknown way");
   return payload;
 }
 
@@ -140,8 +125,7 @@ function requireScope(claims: Claims, scope: string): Claims {
   const granted = claims["scope"];
   const scopes = typeof granted === "string" ? granted.split(" ") : granted;
   if (Array.isArray(scopes) && scopes.includes(scope)) return claims;
-  const { client_id, jti } = claims;
-  throw new Refusal("insufficient_scope", `token ${jti} of ${client_id} lacks ${scope}`, scope);
+  throw new Refusal("insufficient_scope", `token ${claims.jti} of ${claims.client_id}`, scope);
 }
 
 // --- Proof of possession -------------------------------------------------------------------------
@@ -151,29 +135,25 @@ const usedProofs = new Set<string>();
 /** RFC 9449 §4.3 and §7.1. Throws for a proof that does not fit this request and token. */
 async function verifyProof(request: Request, accessToken: string, boundTo: string): Promise<void> {
   const proof = request.headers.get("dpop") ?? "";
-  const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, {
-    typ: "dpop+jwt",
-    algorithms: acceptedAlgorithms,
-  });
+  const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, proofRules);
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti, ath } = payload;
   if (crit) throw new Error("crit in the header");
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  if (htm !== request.method) throw new Error("htm is another method");
   const { origin, pathname } = new URL(`${htu}`); // normalized, as RFC 3986 §6.2.2 and §6.2.3 say
-  const uri = origin + pathname;
-  if (uri !== new URL(resource + pathOf(request)).href) throw new Error("htu is another address");
+  const { href } = new URL(resource + pathOf(request));
+  if (htm !== request.method || origin + pathname !== href) throw new Error("for another request");
   const age = secondsNow() - iat;
   if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
-  if (ath !== hash("sha256", accessToken, "base64url")) throw new Error("ath of another token");
+  if (ath !== Bun.SHA256.hash(accessToken, "base64url")) throw new Error("ath of another token");
   const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
   if (jkt !== boundTo) throw new Error("not the key that the token is bound to");
-  if (typeof jti !== "string" || !jti) throw new Error("no jti");
-  const used = hash("sha256", JSON.stringify([jkt, uri, jti]), "base64url");
+  if (!isText(jti)) throw new Error("no jti");
+  const used = Bun.SHA256.hash(JSON.stringify([jkt, href, jti]), "base64url");
   if (usedProofs.has(used)) throw new Error("jti used before");
   usedProofs.add(used);
   // Choice: the oldest is forgotten. To refuse instead would let one caller lock out the others.
-  if (usedProofs.size > maxUsedProofs) usedProofs.delete(usedProofs.keys().next().value!);
+  if (usedProofs.size > 50_000) usedProofs.delete(usedProofs.keys().next().value!);
 }
 
 // --- Keys of the issuer --------------------------------------------------------------------------
@@ -196,23 +176,20 @@ async function refreshKeys(): Promise<void> {
   if (performance.now() - fetchedAt >= coolDownSeconds * 1000) {
     fetchedAt = performance.now();
     fetching = fetchKeys().finally(() => (fetching = undefined));
+    fetching.catch(({ message }: Error) => log("keys not fetched", { reason: message }));
   }
-  await fetching?.catch((error: Error) => {
-    log("keys not fetched", { reason: error.message });
-    throw new Refusal("temporarily_unavailable", `keys not fetched: ${error.message}`);
-  });
+  await fetching?.catch(refuse("temporarily_unavailable"));
   if (!keySet) throw new Refusal("temporarily_unavailable", "no keys of the issuer yet");
 }
 
 async function fetchKeys(): Promise<void> {
-  const signal = AbortSignal.timeout(fetchTimeoutSeconds * 1000);
+  const signal = AbortSignal.timeout(5_000);
   const url = `${issuer}/.well-known/openid-configuration`;
-  const metadata = await (await boundedFetch(url, { signal }, fetchMaxBytes)).text();
+  const metadata = await (await boundedFetch(url, { signal }, maxBytes)).text();
   const { issuer: named, jwks_uri } = JSON.parse(metadata);
   // RFC 8414 §3.3: the issuer must be identical to the one that was asked.
   if (named !== issuer) throw new Error("metadata of another issuer");
-  const rest = fetchMaxBytes - metadata.length;
-  const text = await (await boundedFetch(jwks_uri, { signal }, rest)).text();
+  const text = await (await boundedFetch(jwks_uri, { signal }, maxBytes - metadata.length)).text();
   if (text === jwks) return;
   const { keys }: jose.JSONWebKeySet = JSON.parse(text);
   const usable = keys.filter(({ kid, kty }) => kid && kty !== "oct");
@@ -234,18 +211,19 @@ const documents = new Map<string, (request: Request) => Answer>([
 
 function route(request: Request): Answer {
   const document = documents.get(pathOf(request));
-  if (!document) return plain(404);
+  if (!document) return reply("Not Found", 404);
   const allowed = request.method === "GET" || request.method === "HEAD";
-  return allowed ? document(request) : plain(405, { allow: "GET, HEAD" });
+  return allowed ? document(request) : reply("Method Not Allowed", 405, { allow: "GET, HEAD" });
 }
 
 /** Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT). */
-function pathOf({ url }: Request): string {
-  return /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(url)?.[1] ?? "";
-}
+const pathOf = ({ url }: Request) => /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(url)?.[1] ?? "";
 
-function plain(status: number, headers = {}, text = STATUS_CODES[status]): Response {
-  return new Response(text, { status, headers: { ...noStore, ...headers } });
+function reply(text: string, status = 200, more: Record<string, string> = {}): Response {
+  const headers = status === 200 ? json : { "cache-control": "no-store", ...more };
+  const response = new Response(text, { status, headers });
+  if (lifecycle.stopping) response.headers.set("connection", "close");
+  return response;
 }
 
 function identity(request: Request): Answer {
@@ -259,48 +237,44 @@ const shown = new WeakMap<Claims, string>();
 function show(claims: Claims): Response {
   const text = shown.get(claims) ?? JSON.stringify(Object.entries(claims).flatMap(listed));
   shown.set(claims, text);
-  return new Response(text, jsonOptions);
+  return reply(text);
 }
 
-function listed([type, value]: [string, unknown]) {
-  const text = (member: unknown) => (typeof member === "string" ? member : JSON.stringify(member));
-  return [value].flat().map((member) => ({ type, value: text(member) }));
-}
+const listed = ([type, value]: [string, unknown]) =>
+  [value].flat().map((v) => ({ type, value: typeof v === "string" ? v : JSON.stringify(v) }));
 
 /** RFC 9728 §2. */
 function metadata(): Response {
-  return Response.json({
+  const document = {
     resource,
     resource_name: resourceServer.resource_name,
     authorization_servers: [issuer],
     scopes_supported: ["api1"],
     bearer_methods_supported: ["header"],
     dpop_signing_alg_values_supported: acceptedAlgorithms,
-  });
+  };
+  return reply(JSON.stringify(document));
 }
 
 /** Whether this instance should get calls. One without keys looks for them. */
 function health(): Response {
   if (!keySet) refreshKeys().catch(() => {});
   const ready = keySet && !lifecycle.stopping;
-  const options = { status: ready ? 200 : 503, headers: noStore };
-  return Response.json({ status: ready ? "ok" : "unavailable" }, options);
+  return ready ? reply('{"status":"ok"}') : reply('{"status":"unavailable"}', 503);
 }
 
 /** The challenges of RFC 6750 §3 and RFC 9449 §7.1, the error at the scheme that was used. */
-function refusal(error: unknown, request: Request, address: string): Response {
-  if (!(error instanceof Refusal)) throw error;
-  const { code, message: reason, scope } = error;
-  log("call refused", { address, error: code, reason });
+function refusal(error: Error, request: Request, address: string | undefined): Response {
+  const known = error instanceof Refusal ? error : new Refusal("server_error", `${error.stack}`);
+  const { code, message, scope } = known;
+  log("call refused", { address, error: code, scope, reason: message.slice(0, 2_000) });
   const [status, text] = errors[code];
-  if (status === 503) return plain(status, { "retry-after": `${coolDownSeconds}` });
-  const details = `, error="${code}", error_description="${text}"${scope ? `, scope="${scope}"` : ""}`;
-  const shown = code === "no_credentials" ? "" : details;
-  const isDpop = /^dpop /i.test(request.headers.get("authorization") ?? "");
-  const where = `resource_metadata="${resource_metadata}"`;
-  const bearer = `Bearer ${where}${isDpop ? "" : shown}`;
-  const dpop = `DPoP algs="${acceptedAlgorithms.join(" ")}", ${where}${isDpop ? shown : ""}`;
-  return plain(status, { "www-authenticate": `${bearer}, ${dpop}` }, text);
+  if (status >= 500) return reply(text, status, { "retry-after": `${coolDownSeconds}` });
+  const needed = scope ? `, scope="${scope}"` : "";
+  const why = `error="${code}", error_description="${text}"${needed}, `;
+  const used = /^dpop/i.test(request.headers.get("authorization") ?? "") ? "DPoP " : "Bearer ";
+  const told = code === "no_credentials" ? challenges : challenges.replace(used, `$&${why}`);
+  return reply(text, status, { "www-authenticate": told });
 }
 
 // --- Start ---------------------------------------------------------------------------------------
@@ -308,38 +282,22 @@ function refusal(error: unknown, request: Request, address: string): Response {
 /** Starts the API, also while the issuer is down. Throws for mistakes in the configuration. */
 export async function start() {
   requireOrigin("ISSUER", issuer);
-  const origin = requireOrigin("API_URL", resource);
   setInterval(() => keySet && refreshKeys().catch(() => {}), refreshSeconds * 1000).unref();
   return Bun.serve({
-    ...(await listenOptions("API", origin, resourceServer.listen)),
+    ...(await listenOptions("API", requireOrigin("API_URL", resource))),
     development: false,
     maxRequestBodySize: 16_384,
+    // Without a promise where none is needed: most calls come with a token that is remembered.
     fetch: (request, http) => {
-      const answer = respond(request, http.requestIP(request)?.address ?? "");
-      return lifecycle.stopping ? closing(answer) : answer;
-    },
-    error: (error) => {
-      log("request failed", { reason: `${error.stack}`.slice(0, 2_000) });
-      return plain(500);
+      const refused = (error: Error) => refusal(error, request, http.requestIP(request)?.address);
+      try {
+        const answer = route(request);
+        return answer instanceof Promise ? answer.catch(refused) : answer;
+      } catch (error) {
+        return refused(error as Error);
+      }
     },
   });
-}
-
-/** Without a promise where none is needed: most calls come with a token that is remembered. */
-function respond(request: Request, address: string): Answer {
-  try {
-    const answer = route(request);
-    if (!(answer instanceof Promise)) return answer;
-    return answer.catch((error) => refusal(error, request, address));
-  } catch (error) {
-    return refusal(error, request, address);
-  }
-}
-
-async function closing(answer: Answer): Promise<Response> {
-  const response = await answer;
-  response.headers.set("connection", "close");
-  return response;
 }
 
 if (import.meta.main) {

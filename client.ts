@@ -8,19 +8,15 @@
  * Run: bun run client.ts   (--wait: while the servers start; --new-key: make a key pair)
  */
 
-import { hash } from "node:crypto";
 import { mkdirSync, writeFileSync } from "node:fs";
 import * as jose from "jose";
-import { boundedFetch, client, fail, readSetting, requireOrigin } from "./config.ts";
+import { boundedFetch, client, fail, requireOrigin } from "./config.ts";
 
 // --- Data ----------------------------------------------------------------------------------------
 
 const { issuer, resource, client_id, client_secret, scope, keyFile, dpop } = client;
 const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // RFC 7523 §2.2
-const timeoutSeconds = 10;
 const maxBytes = 1_048_576;
-const renewEarlySeconds = 60;
-const assertionSeconds = 60;
 const newKeyFile = "keys/client.jwk";
 
 /** RFC 6749 §5.1. */
@@ -32,13 +28,13 @@ interface TokenResponse {
 }
 
 /** What to try, by the code of an error. */
-const hints = new Map([
-  ["ECONNREFUSED", "Is it running? `bun start` starts everything."],
-  ["DEPTH_ZERO_SELF_SIGNED_CERT", "Start all in one directory, or set NODE_EXTRA_CA_CERTS."],
-  ["invalid_client", "Check CLIENT_ID and CLIENT_SECRET, or CLIENT_KEY; its log has the reason."],
-  ["invalid_scope", "Check SCOPE against the registration of the client."],
-  ["insufficient_scope", "Check SCOPE: this API requires another scope."],
-]);
+const hints: [RegExp, string][] = [
+  [/ECONNREFUSED/, "Is it running? `bun start` starts everything."],
+  [/CERT|SIGNATURE/, "Start all three in one directory, or set NODE_EXTRA_CA_CERTS."],
+  [/invalid_client/, "Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY."],
+  [/invalid_scope/, "Check SCOPE against the registration of the client."],
+  [/insufficient_scope/, "Check SCOPE: the API requires another scope."],
+];
 
 // --- The three steps -----------------------------------------------------------------------------
 
@@ -48,39 +44,43 @@ export async function run(): Promise<void> {
   requireOrigin("API_URL", resource);
   console.error(`Requesting a token for ${client_id} from ${issuer}`);
   const token = await accessToken();
-  print(token);
-  const { access_token } = token;
-  print({ header: jose.decodeProtectedHeader(access_token), claims: jose.decodeJwt(access_token) });
-  console.error(`Calling ${resource}/identity`);
-  const answer = await apiFetch(`${resource}/identity`);
-  if (!answer.ok) throw await failure("The call", answer);
-  print(await answer.json());
+  console.log(JSON.stringify(token, null, 2));
+  const header = jose.decodeProtectedHeader(token.access_token);
+  const claims = jose.decodeJwt(token.access_token);
+  console.log(JSON.stringify({ header, claims }, null, 2));
+  const url = `${resource}/identity`;
+  console.error(`Calling ${url}`);
+  const answer = await apiFetch(url);
+  if (!answer.ok) throw await refused("The call", url, answer);
+  console.log(JSON.stringify(await members(answer), null, 2));
 }
 
 /** The token endpoint (RFC 8414 §3.3). */
 async function discover(): Promise<string> {
   const url = `${issuer}/.well-known/openid-configuration`;
-  const { issuer: named, token_endpoint } = await json(await send("Discovery", url, {}));
+  const { issuer: named, token_endpoint } = await members(await send("Discovery", url, {}));
   const own = named === issuer && `${token_endpoint}`.startsWith(`${issuer}/`);
-  if (!own) throw new Error(`Discovery failed: ${url} is not the metadata of ${issuer}.`);
+  if (!own) throw failure("Discovery", url, `this is not the metadata of ${issuer}`);
   return `${token_endpoint}`;
 }
 
 async function requestToken(): Promise<TokenResponse> {
-  const endpoint = await discover();
+  const url = await discover();
   const started = Date.now();
-  const headers = new Headers(await proof("POST", endpoint));
+  const headers = new Headers();
   const body = new URLSearchParams({ grant_type: "client_credentials", scope });
   await authenticate(headers, body);
-  const answer = await send("The token request", endpoint, { method: "POST", headers, body });
-  if (answer.status !== 200) throw await failure("The token request", answer);
-  const token = (await json(answer)) as Partial<TokenResponse>;
-  const { access_token, token_type = "", expires_in = 0 } = token;
-  const types = dpop ? ["dpop"] : ["bearer", "dpop"]; // RFC 9449 §5
-  const usable = access_token && types.includes(`${token_type}`.toLowerCase());
-  if (!usable) throw new Error(`The token request failed: no usable token from ${endpoint}.`);
-  renewAt = started + 1000 * (expires_in - Math.min(renewEarlySeconds, expires_in / 2));
-  return { ...token, access_token, token_type };
+  await prove(headers, "POST", url);
+  const answer = await send("The token request", url, { method: "POST", headers, body });
+  if (answer.status !== 200) throw await refused("The token request", url, answer);
+  const token = (await members(answer)) as unknown as TokenResponse;
+  // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
+  const usable = `${token.token_type}`.toLowerCase() === (dpop ? "dpop" : "bearer");
+  if (!usable || !token.access_token) throw failure("The token request", url, "no usable token");
+  // A minute before it expires, or half-way if its life is short; without expires_in at once.
+  const { expires_in = 0 } = token;
+  renewAt = started + 1000 * (expires_in - Math.min(60, expires_in / 2));
+  return token;
 }
 
 // --- What programs import ------------------------------------------------------------------------
@@ -106,7 +106,8 @@ export async function apiFetch(url: string, init: RequestInit = {}): Promise<Res
   if (new URL(url).origin !== resource) throw new Error(`The token is for ${resource} alone.`);
   const token = await accessToken();
   const answer = await call(url, init, token);
-  const rejected = /error="invalid_token"/.test(answer.headers.get("www-authenticate") ?? "");
+  const challenge = answer.headers.get("www-authenticate") ?? "";
+  const rejected = answer.status === 401 && challenge.includes('error="invalid_token"');
   if (!rejected || init.body instanceof ReadableStream) return answer;
   if (token === (await current)) renewAt = 0;
   return await call(url, init, await accessToken());
@@ -115,8 +116,7 @@ export async function apiFetch(url: string, init: RequestInit = {}): Promise<Res
 async function call(url: string, init: RequestInit, { token_type, access_token }: TokenResponse) {
   const headers = new Headers(init.headers);
   headers.set("authorization", `${token_type} ${access_token}`);
-  for (const [name, value] of Object.entries(await proof(init.method ?? "GET", url, access_token)))
-    headers.set(name, value);
+  await prove(headers, init.method ?? "GET", url, access_token);
   return await send("The call", url, { ...init, headers });
 }
 
@@ -130,85 +130,77 @@ async function authenticate(headers: Headers, body: URLSearchParams): Promise<vo
     const credentials = [client_id, client_secret].map(encodeURIComponent).join(":");
     return headers.set("authorization", `Basic ${btoa(credentials)}`);
   }
-  const jwk: jose.JWK = JSON.parse(readSetting("CLIENT_KEY"));
-  const claims = { iss: client_id, sub: client_id, aud: issuer, jti: crypto.randomUUID() };
-  const assertion = await new jose.SignJWT(claims)
-    .setProtectedHeader({ alg: jwk.alg!, kid: jwk.kid! })
-    .setIssuedAt()
-    .setExpirationTime(`${assertionSeconds}s`)
-    .sign(jwk);
+  const jwk: jose.JWK = await Bun.file(keyFile)
+    .json()
+    .catch(() => {
+      throw new Error(`CLIENT_KEY must name a file with a private JWK: ${keyFile}`);
+    });
+  const assertion = new jose.SignJWT({ jti: crypto.randomUUID() });
+  assertion.setIssuer(client_id).setSubject(client_id).setAudience(issuer);
+  assertion.setIssuedAt().setExpirationTime("1 minute");
+  assertion.setProtectedHeader({ alg: `${jwk.alg}`, kid: `${jwk.kid}` });
   body.set("client_assertion_type", jwtBearer);
-  body.set("client_assertion", assertion);
+  body.set("client_assertion", await assertion.sign(jwk));
 }
 
-/** The field with a proof of possession for one request (RFC 9449 §4.2); empty without DPOP. */
-async function proof(htm: string, htu: string, token?: string): Promise<Record<string, string>> {
-  if (!proofKey) return {};
+/** Adds a proof of possession for this request (RFC 9449 §4.2) if tokens are to be bound. */
+async function prove(headers: Headers, htm: string, htu: string, token?: string): Promise<void> {
+  if (!proofKey) return;
   const jwk = await jose.exportJWK(proofKey.publicKey);
-  const ath = token && hash("sha256", token, "base64url");
-  const claims = { htm, htu, jti: crypto.randomUUID(), ...(ath && { ath }) };
-  const jwt = new jose.SignJWT(claims).setIssuedAt();
-  jwt.setProtectedHeader({ alg: "ES256", typ: "dpop+jwt", jwk });
-  return { dpop: await jwt.sign(proofKey.privateKey) };
+  const ath = token && Bun.SHA256.hash(token, "base64url");
+  const proof = new jose.SignJWT({ htm, htu, jti: crypto.randomUUID(), ...(ath && { ath }) });
+  proof.setIssuedAt().setProtectedHeader({ alg: "ES256", typ: "dpop+jwt", jwk });
+  headers.set("dpop", await proof.sign(proofKey.privateKey));
+}
+
+/** Makes a key pair: the private JWK goes into a file, the public one to stdout for config.ts. */
+async function makeKey(): Promise<void> {
+  const { privateKey } = await jose.generateKeyPair("ES256", { extractable: true });
+  const { d, ...jwk } = { ...(await jose.exportJWK(privateKey)), alg: "ES256" };
+  const kid = await jose.calculateJwkThumbprint(jwk);
+  mkdirSync("keys", { recursive: true, mode: 0o700 });
+  writeFileSync(newKeyFile, JSON.stringify({ ...jwk, kid, d }), { mode: 0o600, flag: "wx" });
+  console.log(JSON.stringify({ ...jwk, kid }));
 }
 
 // --- Requests and messages -----------------------------------------------------------------------
 
-/** Sends a request. Throws an Error of one line that says what failed, where, and what to try. */
 async function send(what: string, url: string, init: RequestInit): Promise<Response> {
-  const signal = AbortSignal.timeout(timeoutSeconds * 1000);
-  return await boundedFetch(url, { ...init, signal }, maxBytes).catch((error) => {
-    const { code, message } = error;
-    throw new Error(`${what} failed at ${url}: ${message}. ${hints.get(code) ?? ""}`);
+  const signal = AbortSignal.timeout(10_000);
+  return await boundedFetch(url, { ...init, signal }, maxBytes).catch(({ message, code }) => {
+    throw failure(what, url, message, code);
   });
 }
 
-async function failure(what: string, answer: Response): Promise<Error> {
-  const challenge = answer.headers.get("www-authenticate") ?? "";
-  const { error = /error="([^"]*)"/.exec(challenge)?.[1], error_description } = await json(answer);
-  const said = printable(`${error ?? ""} ${error_description ?? ""}`);
-  return new Error(
-    `${what} failed: status ${answer.status} ${said} ${hints.get(`${error}`) ?? ""}`,
-  );
-}
-
 /** The members of a JSON object, none if it is something else. */
-async function json(answer: Response): Promise<Record<string, unknown>> {
-  const value = await answer.json().catch(() => ({}));
-  return Object(value) as Record<string, unknown>;
+async function members(answer: Response): Promise<Record<string, unknown>> {
+  return Object(await answer.json().catch(() => ({}))) as Record<string, unknown>;
 }
 
-/** A server's text as one short line: escaped, and cut. */
-function printable(text: string): string {
+async function refused(what: string, url: string, answer: Response): Promise<Error> {
+  const challenge = answer.headers.get("www-authenticate") ?? "";
+  const { error, error_description = "" } = await members(answer);
+  const code = error ?? /error="([^"]*)"/.exec(challenge)?.[1] ?? "";
+  return failure(what, url, `${answer.status} ${code} ${error_description}`.trim(), code);
+}
+
+/** An Error of one line: what failed, where, why as printable text, and what to try. */
+function failure(what: string, url: string, why: string, code?: unknown): Error {
   const escape = (character: string) => `\\u{${character.codePointAt(0)!.toString(16)}}`;
-  return text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, escape).slice(0, 200);
+  const printable = why.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, escape).slice(0, 200);
+  const hint = hints.find(([pattern]) => pattern.test(`${code}`))?.[1] ?? "";
+  return new Error(`${what} failed at ${url}: ${printable}. ${hint}`.trim());
 }
 
-function print(value: unknown): void {
-  console.log(JSON.stringify(value, null, 2));
-}
-
-/** Waits until both servers answer, for the few seconds that they need to start. */
-async function servers(): Promise<void> {
-  for (const url of [issuer, resource]) {
-    for (let tries = 0; tries < 100; tries++) {
-      if (await boundedFetch(`${url}/health`, {}, maxBytes).catch(() => undefined)) break;
-      await Bun.sleep(100);
-    }
+/** Waits until a server answers, for the seconds that it may need to start. */
+async function untilUp(url: string): Promise<void> {
+  for (let tries = 0; tries < 200; tries++) {
+    if (await boundedFetch(url, {}, maxBytes).catch(() => undefined)) return;
+    await Bun.sleep(100);
   }
 }
 
-async function newKey() {
-  const { privateKey } = await jose.generateKeyPair("ES256", { extractable: true });
-  const { d, ...publicJwk } = await jose.exportJWK(privateKey);
-  const kid = await jose.calculateJwkThumbprint(publicJwk);
-  const jwk = { ...publicJwk, alg: "ES256", kid };
-  mkdirSync("keys", { recursive: true, mode: 0o700 });
-  writeFileSync(newKeyFile, JSON.stringify({ ...jwk, d }), { mode: 0o600, flag: "wx" });
-  console.log(JSON.stringify(jwk));
-}
-
 if (import.meta.main) {
-  if (process.argv.includes("--wait")) await servers();
-  await (process.argv.includes("--new-key") ? newKey() : run()).catch(fail);
+  if (process.argv.includes("--wait")) await Promise.all([issuer, resource].map(untilUp));
+  await (process.argv.includes("--new-key") ? makeKey() : run()).catch(fail);
 }

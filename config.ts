@@ -4,8 +4,7 @@
  * trust, how to fetch, start and stop, the log. On three machines each party has its own copy.
  */
 
-import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { link } from "node:fs/promises";
+import { existsSync, mkdirSync, promises, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { getCACertificates } from "node:tls";
 import type { JWK } from "jose";
 
@@ -30,20 +29,16 @@ const { env } = process;
 const issuer = env["ISSUER"] || "https://localhost:5001";
 const resource = env["API_URL"] || "https://localhost:6001";
 
-/** How an API keeps up with the authorization server's keys. */
-const keyRefresh = { refreshSeconds: 300, coolDownSeconds: 5 };
+/** How soon a change of the keys is known: to all instances, to caches, and to the APIs. */
+const keyTimes = { pollSeconds: 10, maxAgeSeconds: 60, refreshSeconds: 300, coolDownSeconds: 5 };
 
 /** Signature algorithms accepted from others, asymmetric ones only. */
 // prettier-ignore
-const acceptedAlgorithms = [
-  "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
-  "EdDSA", "Ed25519", "ML-DSA-44", "ML-DSA-65", "ML-DSA-87",
-];
+const acceptedAlgorithms = ["ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384",
+  "PS512", "EdDSA", "Ed25519", "ML-DSA-44", "ML-DSA-65", "ML-DSA-87"];
 
 export const authorizationServer = {
   issuer,
-  /** host:port for plain http, behind a proxy that ends TLS. */
-  listen: env["ISSUER_LISTEN"],
   /** Each scope belongs to one API, whose identifier becomes `aud`. */
   scopes: [{ scope: "api1", description: "My API", resource }],
   clients: [
@@ -62,9 +57,7 @@ export const authorizationServer = {
     rotationSeconds: 90 * 86_400,
     /** How long a key stays published after it signed last. */
     retentionSeconds: 14 * 86_400,
-    pollSeconds: 10,
-    maxAgeSeconds: 60,
-    ...keyRefresh,
+    ...keyTimes,
   },
   databaseUrl: env["DATABASE_URL"] || "sqlite://keys/keys.db",
   keyEncryptionSecret: env["KEY_ENCRYPTION_SECRET"] || "",
@@ -73,10 +66,9 @@ export const authorizationServer = {
 export const resourceServer = {
   resource,
   resource_name: "My API",
-  listen: env["API_LISTEN"],
   issuer,
   acceptedAlgorithms,
-  ...keyRefresh,
+  ...keyTimes,
 };
 
 export const client = {
@@ -95,40 +87,30 @@ export const client = {
 
 /** The setting's origin. Throws for what is not a bare origin, and for http beyond this machine. */
 export function requireOrigin(setting: string, value: string): URL {
-  const url = URL.canParse(value) ? new URL(value) : undefined;
+  const url = URL.parse(value);
   const safe = url?.protocol === "https:" || (url?.protocol === "http:" && isLoopback(url));
   if (safe && url.origin === value) return url;
-  const rule = "an https origin such as https://auth.example.com (http on a loopback host only)";
-  throw new Error(`${setting} must be ${rule}, not ${value}`);
+  throw new Error(`${setting} must be a bare https origin (http on loopback only), not ${value}`);
 }
 
-export function isLoopback({ hostname }: URL): boolean {
-  return /^(localhost|127(\.\d+){3}|\[::1\])$/.test(hostname);
-}
+export const isLoopback = (url: URL) => /^(localhost|127(\.\d+){3}|\[::1\])$/.test(url.hostname);
 
-/** Options for Bun.serve: at `origin`, or in plain http at `listen`, where a proxy ends TLS. */
-export async function listenOptions(name: "ISSUER" | "API", origin: URL, listen?: string) {
+/** Options for Bun.serve: at `origin`, or in plain http at ISSUER_LISTEN or API_LISTEN. */
+export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
+  const listen = env[`${name}_LISTEN`];
   if (listen && !/.:\d+$/.test(listen)) throw new Error(`${name}_LISTEN must be host:port`);
-  const { protocol, hostname, port } = listen ? new URL(`http://${listen}`) : origin;
-  const options = {
-    hostname: hostname.replace(/^\[|\]$/g, ""),
-    port: Number(port || (protocol === "https:" ? 443 : 80)),
-    reusePort: env["REUSE_PORT"] === "1",
-  };
-  if (protocol === "http:") return options;
+  const url = listen ? new URL(`http://${listen}`) : origin;
+  const hostname = url.hostname.replace(/^\[|\]$/g, "");
+  const port = Number(url.port || (url.protocol === "https:" ? 443 : 80));
+  const options = { hostname, port, reusePort: env["REUSE_PORT"] === "1" };
+  if (url.protocol === "http:") return options;
   if (env["TLS_CERT"] || isLoopback(origin)) return { ...options, tls: await certificate() };
   throw new Error(`${origin.origin} needs TLS_CERT and TLS_KEY, or ${name}_LISTEN behind a proxy`);
 }
 
-/** Options for fetch: on a loopback host the certificate in use here is trusted as well. */
-export async function trust(url: URL): Promise<{ tls?: { ca: string[] } }> {
-  if (url.protocol === "http:" || !isLoopback(url)) return {};
-  return { tls: { ca: [(await certificate()).cert, ...getCACertificates()] } };
-}
-
 /** Key and certificate in PEM: TLS_KEY and TLS_CERT, or one for localhost, made at first use. */
 async function certificate(): Promise<{ key: string; cert: string }> {
-  if (env["TLS_CERT"]) return { key: readSetting("TLS_KEY"), cert: readSetting("TLS_CERT") };
+  if (env["TLS_CERT"]) return { key: await fileText("TLS_KEY"), cert: await fileText("TLS_CERT") };
   const file = "keys/localhost.pem";
   if (!existsSync(file)) {
     mkdirSync("keys", { recursive: true, mode: 0o700 });
@@ -137,37 +119,36 @@ async function certificate(): Promise<{ key: string; cert: string }> {
     const made =
       Bun.which("openssl") && Bun.spawnSync([...selfSigned, draft, "-out", draft]).success;
     // link() never overwrites: the three programs may start at the same instant.
-    if (made) await link(draft, file).catch(() => {});
+    if (made) await promises.link(draft, file).catch(() => {});
     rmSync(draft);
-    if (!made) throw new Error(`No certificate without openssl: ${waysOn}`);
+    if (!made) throw new Error(`openssl is missing: ${waysOn}`);
   }
   const pem = readFileSync(file, "utf8");
   return { key: pem, cert: pem };
 }
 
+const waysOn = "install it, set TLS_CERT and TLS_KEY, or use http on a loopback host";
 const selfSigned = `openssl req -x509 -days 3650 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256
   -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout`.split(
   /\s+/,
 );
-const waysOn =
-  "install it, set TLS_CERT and TLS_KEY, or set ISSUER and API_URL to http on a loopback host";
 
 /** The text of the file that an environment variable names. Throws an Error that names both. */
-export function readSetting(variable: string): string {
-  try {
-    return readFileSync(env[variable] ?? "", "utf8");
-  } catch (error) {
-    throw new Error(`${variable} must name a readable file: ${(error as Error).message}`);
-  }
+export async function fileText(variable: string): Promise<string> {
+  const file = Bun.file(env[variable] ?? "");
+  return await file.text().catch(({ message }: Error) => {
+    throw new Error(`${variable} must name a readable file: ${message}`);
+  });
 }
 
-/** Fetches without following redirects. Throws also when the answer is over `maxBytes` long. */
+/**
+ * Fetches without following redirects. On a loopback host the certificate in use here is trusted
+ * as well. Throws also for an answer of more than `maxBytes`.
+ */
 export async function boundedFetch(url: string, init: RequestInit, maxBytes: number) {
-  const response = await fetch(url, {
-    ...init,
-    ...(await trust(new URL(url))),
-    redirect: "manual",
-  });
+  const isLocal = url.startsWith("https:") && isLoopback(new URL(url));
+  const tls = isLocal ? { ca: [(await certificate()).cert, ...getCACertificates()] } : {};
+  const response = await fetch(url, { ...init, tls, redirect: "manual" });
   const chunks: Uint8Array[] = [];
   let bytes = 0;
   for await (const chunk of response.body ?? []) {

@@ -12,10 +12,8 @@
  * Run: bun run idp.ts   (--new-secret: make a secret for a client)
  */
 
-import { SQL } from "bun";
 import { hash, randomBytes, timingSafeEqual } from "node:crypto";
 import { closeSync, mkdirSync, openSync } from "node:fs";
-import { STATUS_CODES } from "node:http";
 import { dirname } from "node:path";
 import * as jose from "jose";
 import { authorizationServer, type ClientRegistration, fail, isLoopback } from "./config.ts";
@@ -30,14 +28,13 @@ type Entry = Record<string, unknown>;
 const { issuer, scopes, signingKeys, acceptedAlgorithms, databaseUrl } = authorizationServer;
 const { algorithms, rotationSeconds, retentionSeconds, ...delays } = signingKeys;
 const tokenEndpoint = `${issuer}/connect/token`;
+const proofRules = { typ: "dpop+jwt", algorithms: acceptedAlgorithms };
 const authenticationMethods = ["client_secret_basic", "client_secret_post", "private_key_jwt"];
 const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // RFC 7523 §2.2
 const leewaySeconds = 30;
 const assertionMaxSeconds = 600;
 const proofMaxAgeSeconds = 90;
-const databaseTimeoutSeconds = 2;
 const clockStepSeconds = 300;
-const strongSecretLength = 32;
 // prettier-ignore
 const parameters = ["grant_type", "scope", "resource", "client_id", "client_secret",
   "client_assertion", "client_assertion_type"];
@@ -64,6 +61,7 @@ const errors = {
   invalid_target: [400, "The resource is unknown, repeated, or one without a granted scope."],
   invalid_dpop_proof: [400, "The DPoP proof is missing or not valid."],
   temporarily_unavailable: [503, "The server cannot answer this now. Try again soon."],
+  server_error: [500, "Internal Server Error"],
 } as const;
 
 /** What a client is to do about a status, in header fields (RFC 7617 §2, RFC 9110 §10.2.3). */
@@ -82,15 +80,13 @@ class Refusal extends Error {
 }
 
 /** What a step finds wrong is an Error: this makes it a Refusal with the code of the step. */
-function refuse(code: keyof typeof errors) {
-  return (error: Error): never => {
-    throw error instanceof Refusal ? error : new Refusal(code, error.message);
-  };
-}
+const refuse = (code: keyof typeof errors) => (error: Error) => {
+  throw error instanceof Refusal ? error : new Refusal(code, error.message);
+};
 
 // --- Token endpoint ------------------------------------------------------------------------------
 
-/** Answers a token request (RFC 6749 §4.4). Throws for faults of this server only. */
+/** Answers a token request (RFC 6749 §4.4). */
 async function token(request: Request, address: string): Promise<Response> {
   const started = performance.now();
   const entry: Entry = { address };
@@ -101,12 +97,13 @@ async function token(request: Request, address: string): Promise<Response> {
     const jkt = await proofThumbprint(request, client).catch(refuse("invalid_dpop_proof"));
     const { aud, scope } = grantScope(client, form);
     return Response.json(await issue(client, aud, scope, entry, jkt), { headers: noStore });
-  } catch (error) {
-    if (!(error instanceof Refusal)) throw error;
-    Object.assign(entry, { error: error.code, reason: error.message });
-    const [status, error_description] = errors[error.code];
+  } catch (thrown) {
+    const fault = () => new Refusal("server_error", `${(thrown as Error).stack}`);
+    const { code: error, message } = thrown instanceof Refusal ? thrown : fault();
+    Object.assign(entry, { error, reason: message.slice(0, 2_000) });
+    const [status, error_description] = errors[error];
     const headers = { ...noStore, ...advice.get(status) };
-    return Response.json({ error: error.code, error_description }, { status, headers });
+    return Response.json({ error, error_description }, { status, headers });
   } finally {
     const event = entry["jti"] ? "token issued" : "token refused";
     log(event, { ...entry, milliseconds: performance.now() - started });
@@ -142,8 +139,8 @@ function checkGrantType({ grant_types }: Client, type: string | undefined): void
 /** One resource and scopes of it (RFC 6749 §3.3, RFC 8707 §2.2): all that was asked for, or none. */
 function grantScope({ scopesAt }: Client, form: Form) {
   const named = form.get("resource");
-  const unknown = named !== undefined && !scopesAt.has(named);
-  if (unknown) throw new Refusal("invalid_target", "resource unknown or without a scope");
+  if (named && !scopesAt.has(named))
+    throw new Refusal("invalid_target", "no scope at the resource");
   const requested = form.get("scope")?.split(" ");
   // Choice (§3.3): without a scope, all that the client has at the resource; it must be only one.
   const only = scopesAt.size === 1 ? [...scopesAt.keys()][0] : undefined;
@@ -186,11 +183,9 @@ async function authenticate(request: Request, form: Form, entry: Entry) {
   }
   const named = form.get("client_id");
   const body = [assertion ? subjectOf(form) : named, form.get("client_secret")];
-  const [client_id = "", secret = ""] =
-    authorization === null ? body : basicCredentials(authorization);
+  const [client_id = "", secret = ""] = authorization ? basicCredentials(authorization) : body;
   entry["client_id"] = client_id.slice(0, 200);
-  const contradicts = named !== undefined && named !== client_id;
-  if (contradicts) throw new Refusal("invalid_request", "client_id contradicts the credentials");
+  if ((named ?? client_id) !== client_id) throw new Refusal("invalid_request", "two client ids");
   const client = clients.get(client_id);
   return assertion ? await verifyAssertion(client, assertion) : verifySecret(client, secret);
 }
@@ -205,21 +200,19 @@ function basicCredentials(authorization: string): string[] {
 
 /** RFC 7523 §2.2. Whom an assertion names, before it is verified. */
 function subjectOf(form: Form): string {
-  const known = form.get("client_assertion_type") === jwtBearer;
-  if (!known) throw new Error("client_assertion_type absent or unknown");
+  if (form.get("client_assertion_type") !== jwtBearer) throw new Error("unknown assertion type");
   return `${jose.decodeJwt(form.get("client_assertion") ?? "").sub}`;
 }
 
 /** Compares by SHA-256, in constant time, and does so for unknown clients too. */
 function verifySecret(client: Client | undefined, secret: string): Client {
   if (!secret) throw new Error("no credentials");
-  const short = secret.length < strongSecretLength && !isLoopback(new URL(issuer));
-  if (short) throw new Error("secret too short for a public issuer");
+  if (secret.length < 32 && !isLoopback(new URL(issuer))) throw new Error("secret too short");
   const presented = Buffer.from(hash("sha256", secret, "base64"));
   const secrets = client?.client_secrets ?? [{ sha256: "".padEnd(presented.length) }];
   const matching = secrets.filter(({ sha256 }) => timingSafeEqual(Buffer.from(sha256), presented));
-  if (client && matching.some(({ expires_at = Infinity }) => expires_at > secondsNow()))
-    return client;
+  const valid = matching.some(({ expires_at = Infinity }) => expires_at > secondsNow());
+  if (client && valid) return client;
   throw new Error(matching.length ? "expired secret" : client ? "wrong secret" : "unknown client");
 }
 
@@ -253,19 +246,15 @@ async function verifyAssertion(client: Client | undefined, assertion: string): P
 
 /** RFC 9449 §4.3. The thumbprint of the key that the client proves to have; none without a proof. */
 async function proofThumbprint(request: Request, client: Client) {
-  const proof = request.headers.get("dpop");
-  if (proof === null && !client.dpop_bound_access_tokens) return undefined;
-  const { payload, protectedHeader } = await jose.jwtVerify(proof ?? "", jose.EmbeddedJWK, {
-    typ: "dpop+jwt",
-    algorithms: acceptedAlgorithms,
-  });
+  if (!request.headers.has("dpop") && !client.dpop_bound_access_tokens) return undefined;
+  const proof = request.headers.get("dpop") ?? "";
+  const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, proofRules);
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti } = payload;
   if (crit) throw new Error("crit in the header");
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  if (htm !== request.method) throw new Error("htm is another method");
   const { origin, pathname } = new URL(`${htu}`); // normalized, as RFC 3986 §6.2.2 and §6.2.3 say
-  if (origin + pathname !== tokenEndpoint) throw new Error("htu is another endpoint");
+  if (htm !== "POST" || origin + pathname !== tokenEndpoint) throw new Error("for another request");
   const age = secondsNow() - iat;
   if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
   const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
@@ -291,7 +280,7 @@ const [, sqliteFile] = /^sqlite:(?:\/\/)?([^?]+)/.exec(databaseUrl) ?? [];
 const words = authorizationServer.keyEncryptionSecret.split(",").filter(Boolean);
 const seals = words.filter((word) => word !== "none").map((s) => Buffer.from(s, "base64url"));
 
-let sql: SQL;
+let sql: Bun.SQL;
 let keys: SigningKey[] = [];
 let healthy = true;
 let timer: Timer | undefined;
@@ -322,7 +311,7 @@ async function openDatabase(): Promise<void> {
     mkdirSync(dirname(sqliteFile), { recursive: true, mode: 0o700 });
     closeSync(openSync(sqliteFile, "a", 0o600)); // SQLite gives -wal and -shm the mode of this file
   }
-  sql = new SQL(databaseUrl);
+  sql = new Bun.SQL(databaseUrl);
   for (const deadline = Date.now() + 5_000; ; await Bun.sleep(50)) {
     try {
       if (sqliteFile) await sql.unsafe(pragma);
@@ -330,7 +319,7 @@ async function openDatabase(): Promise<void> {
       await probe.catch(() => answer(sql.unsafe(tables)));
       break;
     } catch (error) {
-      const { code, errno } = error as SQL.PostgresError;
+      const { code, errno } = error as Bun.SQL.PostgresError;
       // What instances that start at the same instant do to one another.
       const collided = /SQLITE_BUSY|23505|42P07/.test(`${code} ${errno}`);
       if (!collided || Date.now() > deadline) throw error;
@@ -341,8 +330,8 @@ async function openDatabase(): Promise<void> {
 }
 
 /** Bun.SQL has no time limit for an answer; a database that is frozen must not hold a request. */
-async function answer<T>(query: SQL.Query<T>): Promise<T> {
-  const timer = setTimeout(() => query.cancel(), databaseTimeoutSeconds * 1000);
+async function answer<T>(query: Bun.SQL.Query<T>): Promise<T> {
+  const timer = setTimeout(() => query.cancel(), 2_000);
   return await query.finally(() => clearTimeout(timer));
 }
 
@@ -356,15 +345,18 @@ async function poll(): Promise<void> {
     healthy = false;
     if (sqliteFile) return;
     void sql.close({ timeout: 0 }); // its connections may never answer again
-    sql = new SQL(databaseUrl);
+    sql = new Bun.SQL(databaseUrl);
   }
 }
 
 /** Reads the table, makes each key that is missing at `at`, and sweeps what is long over. */
 export async function refresh(at = secondsNow()): Promise<void> {
-  let rows = await load(at);
+  let rows = await load();
   for (const alg of algorithms) {
-    for (let from; (from = missing(alg, at)) !== undefined; rows = await load(at)) {
+    const due = rows.find((row) => row.alg === alg && row.signs_until > at)?.kid;
+    const locked = !timer && due && !keys.some(({ kid }) => kid === due);
+    if (locked) throw new Error(`KEY_ENCRYPTION_SECRET does not open the ${alg} key ${due}`);
+    for (let from; (from = missing(alg, at)) !== undefined; rows = await load()) {
       const generations = rows.filter((row) => row.alg === alg).map((row) => row.generation);
       await insertKey(alg, Math.max(0, ...generations) + 1, from);
     }
@@ -374,22 +366,15 @@ export async function refresh(at = secondsNow()): Promise<void> {
   await answer(sql`DELETE FROM used_jtis WHERE expires_at < ${at - clockStepSeconds}`);
 }
 
-/** Takes over all rows that can be opened; at the start the one that is due must be among them. */
-async function load(at: number): Promise<Row[]> {
+/** Takes over the rows that can be opened. Returns all rows. */
+async function load(): Promise<Row[]> {
   const rows: Row[] = await answer(sql`SELECT * FROM signing_keys ORDER BY signs_from, generation`);
-  const opened: SigningKey[] = [];
+  const opened: (SigningKey | undefined)[] = [];
   for (const row of rows) {
     for (const column of bigints) row[column] = Number(row[column]); // PostgreSQL gives text
-    const due = rows.find(({ alg, signs_until }) => alg === row.alg && Number(signs_until) > at);
-    try {
-      opened.push(await openKey(row));
-    } catch (error) {
-      const reason = `the ${row.alg} key ${row.kid} cannot be opened: ${(error as Error).message}`;
-      if (!timer && row === due) throw new Error(reason);
-      log("key skipped", { reason });
-    }
+    opened.push(await openKey(row).catch(() => void log("key skipped", { kid: row.kid })));
   }
-  keys = opened;
+  keys = opened.filter((key) => key !== undefined);
   return rows;
 }
 
@@ -447,17 +432,16 @@ const documents = new Map([
 function route(request: Request, address: string): Response | Promise<Response> {
   // Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT).
   const path = /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(request.url)?.[1] ?? "";
-  const { method } = request;
-  if (path === "/connect/token") {
-    return method === "POST" ? token(request, address) : plain(405, { allow: "POST" });
-  }
+  const isGet = request.method === "GET" || request.method === "HEAD";
   const document = documents.get(path);
-  if (!document) return plain(404);
-  return method === "GET" || method === "HEAD" ? document() : plain(405, { allow: "GET, HEAD" });
+  if (document) return isGet ? document() : notAllowed("GET, HEAD");
+  if (path !== "/connect/token")
+    return new Response("Not Found", { status: 404, headers: noStore });
+  return request.method === "POST" ? token(request, address) : notAllowed("POST");
 }
 
-function plain(status: number, headers?: Record<string, string>): Response {
-  return new Response(STATUS_CODES[status], { status, headers: { ...noStore, ...headers } });
+function notAllowed(allow: string): Response {
+  return new Response("Method Not Allowed", { status: 405, headers: { ...noStore, allow } });
 }
 
 function cacheable(document: object): Response {
@@ -503,10 +487,11 @@ function register(registration: ClientRegistration) {
 
 /** Throws for the first mistake, and names the field. */
 function checkConfiguration(): void {
-  const postgres = /^postgres(ql)?:/.test(databaseUrl);
-  check(sqliteFile || postgres, "DATABASE_URL must begin with sqlite: or postgres:");
-  const bytes = seals.every(({ length }) => length === 32);
-  check(bytes, "KEY_ENCRYPTION_SECRET must list secrets of 32 bytes in base64url");
+  check(/^(sqlite|postgres(ql)?):./.test(databaseUrl), "DATABASE_URL must be sqlite: or postgres:");
+  check(
+    seals.every((s) => s.length === 32),
+    "KEY_ENCRYPTION_SECRET needs 32 bytes in base64url",
+  );
   const caches = 2 * Object.values(delays).reduce((sum, seconds) => sum + seconds);
   check(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
   const known = algorithms.length && algorithms.every((alg) => acceptedAlgorithms.includes(alg));
@@ -536,8 +521,7 @@ function check(holds: unknown, rule: string): void {
 
 /** Starts the server. Throws for mistakes in the configuration and a database out of reach. */
 export async function start() {
-  const origin = requireOrigin("ISSUER", issuer);
-  const listening = await listenOptions("ISSUER", origin, authorizationServer.listen);
+  const listening = await listenOptions("ISSUER", requireOrigin("ISSUER", issuer));
   checkConfiguration();
   await openDatabase();
   return Bun.serve({
@@ -548,10 +532,6 @@ export async function start() {
       const response = await route(request, http.requestIP(request)?.address ?? "");
       if (lifecycle.stopping) response.headers.set("connection", "close");
       return response;
-    },
-    error: (error) => {
-      log("request failed", { reason: `${error.stack}`.slice(0, 2_000) });
-      return plain(500);
     },
   });
 }

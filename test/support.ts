@@ -144,3 +144,63 @@ export async function cleanUp(): Promise<void> {
   await Promise.all([...running].map((program) => program.stop()));
   for (const directory of temporary.splice(0)) rmSync(directory, { recursive: true, force: true });
 }
+
+/**
+ * Collects what the servers in this process log from now on, until `stop` is called. `requests` are
+ * the lines about requests, in the order of their answers; `until` waits for so many of them.
+ */
+export function captureLog() {
+  const requests: Record<string, unknown>[] = [];
+  const started = new Date().toISOString();
+  const { write } = process.stdout;
+  let text = "";
+  process.stdout.write = ((chunk: string, done?: () => void) => {
+    text += chunk;
+    for (const line of chunk.split("\n").filter(Boolean)) {
+      const entry = line.startsWith("{") ? JSON.parse(line) : {};
+      if ("address" in entry && entry.time >= started) requests.push(entry);
+    }
+    done?.();
+    return true;
+  }) as typeof process.stdout.write;
+  return {
+    requests,
+    text: () => text,
+    stop: () => void (process.stdout.write = write),
+    async until(count: number): Promise<void> {
+      for (const deadline = Date.now() + 3_000; requests.length < count; await Bun.sleep(5)) {
+        if (Date.now() > deadline) throw new Error(`${requests.length} of ${count} lines logged`);
+      }
+    },
+  };
+}
+
+/** A JWT with any header and claims, valid or not; without a key its signature is empty. */
+export async function signedJwt(
+  header: Record<string, unknown>,
+  claims: unknown,
+  key?: CryptoKey,
+): Promise<string> {
+  const parts = [header, claims].map((part) => Buffer.from(JSON.stringify(part)));
+  const input = parts.map((part) => part.toString("base64url")).join(".");
+  if (!key) return `${input}.`;
+  const bits = Number(/[RPEH]S(\d+)/.exec(`${header["alg"]}`)?.[1] ?? 256);
+  const parameters = { ...key.algorithm, hash: `SHA-${bits}`, saltLength: bits / 8 };
+  const signature = await crypto.subtle.sign(parameters, key, Buffer.from(input));
+  return `${input}.${Buffer.from(signature).toString("base64url")}`;
+}
+
+/**
+ * Runs what depends on the exact second, which it gets in seconds since 1970, again if the clock
+ * ticked meanwhile: whoever looked at the clock in a run that counts saw that second.
+ */
+export async function withinOneSecond<Result>(
+  run: (now: number) => Promise<Result>,
+): Promise<Result> {
+  for (let tries = 0; tries < 5; tries++) {
+    const now = Math.floor(Date.now() / 1000);
+    const result = await run(now);
+    if (Math.floor(Date.now() / 1000) === now) return result;
+  }
+  throw new Error("five runs in a row took longer than the rest of a second");
+}
