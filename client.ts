@@ -168,7 +168,7 @@ async function makeKey(): Promise<void> {
 async function send(what: string, url: string, init: RequestInit): Promise<Response> {
   const signal = AbortSignal.timeout(10_000);
   return await boundedFetch(url, { ...init, signal }, maxBytes).catch(({ message, code }) => {
-    throw failure(what, url, message, code);
+    throw failure(what, url, typeof code === "string" ? code : message, code);
   });
 }
 
@@ -188,8 +188,8 @@ async function refused(what: string, url: string, answer: Response): Promise<Err
 function failure(what: string, url: string, why: string, code?: unknown): Error {
   const escape = (character: string) => `\\u{${character.codePointAt(0)!.toString(16)}}`;
   const printable = why.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, escape).slice(0, 200);
-  const hint = hints.find(([pattern]) => pattern.test(`${code}`))?.[1] ?? "";
-  return new Error(`${what} failed at ${url}: ${printable}. ${hint}`.trim());
+  const hint = hints.find(([pattern]) => pattern.test(`${code}`));
+  return new Error(`${what} failed at ${url}: ${printable}${hint ? ` (${hint[1]})` : ""}`);
 }
 
 /** Waits until a server answers, for the seconds that it may need to start. */

@@ -114,7 +114,7 @@ async function certificate(): Promise<{ key: string; cert: string }> {
   const file = "keys/localhost.pem";
   if (!existsSync(file)) {
     mkdirSync("keys", { recursive: true, mode: 0o700 });
-    const draft = `${file}.${process.pid}`;
+    const draft = `${file}.${crypto.randomUUID()}`;
     writeFileSync(draft, "", { mode: 0o600 });
     const made =
       Bun.which("openssl") && Bun.spawnSync([...selfSigned, draft, "-out", draft]).success;

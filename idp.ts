@@ -22,7 +22,10 @@ import { lifecycle, listenOptions, log, requireOrigin, stopOnSignal } from "./co
 // --- Data ----------------------------------------------------------------------------------------
 
 type Form = Map<string, string>;
-type Client = ReturnType<typeof register>;
+interface Client extends ClientRegistration {
+  scopesAt: Map<string, string[]>;
+  jwkSet: ReturnType<typeof jose.createLocalJWKSet> | undefined;
+}
 type Entry = Record<string, unknown>;
 
 const { issuer, scopes, signingKeys, acceptedAlgorithms, databaseUrl } = authorizationServer;
@@ -106,7 +109,7 @@ async function token(request: Request, address: string): Promise<Response> {
     return Response.json({ error, error_description }, { status, headers });
   } finally {
     const event = entry["jti"] ? "token issued" : "token refused";
-    log(event, { ...entry, milliseconds: performance.now() - started });
+    log(event, { ...entry, milliseconds: Math.round(performance.now() - started) });
   }
 }
 
@@ -307,25 +310,26 @@ async function useOnce(holder: string[], jti: unknown, expires_at: number): Prom
 
 /** Opens the database, and makes what is missing in it. Throws for one that cannot be used. */
 async function openDatabase(): Promise<void> {
-  if (sqliteFile) {
-    mkdirSync(dirname(sqliteFile), { recursive: true, mode: 0o700 });
-    closeSync(openSync(sqliteFile, "a", 0o600)); // SQLite gives -wal and -shm the mode of this file
-  }
-  sql = new Bun.SQL(databaseUrl);
   for (const deadline = Date.now() + 5_000; ; await Bun.sleep(50)) {
     try {
+      if (sqliteFile) {
+        mkdirSync(dirname(sqliteFile), { recursive: true, mode: 0o700 });
+        closeSync(openSync(sqliteFile, "a", 0o600)); // SQLite gives -wal and -shm the same mode
+      }
+      sql ??= new Bun.SQL(databaseUrl);
       if (sqliteFile) await sql.unsafe(pragma);
       const probe = answer(sql`SELECT 1 FROM signing_keys, used_jtis LIMIT 1`);
       await probe.catch(() => answer(sql.unsafe(tables)));
+      await refresh();
       break;
     } catch (error) {
-      const { code, errno } = error as Bun.SQL.PostgresError;
+      const { code, errno, message } = error as Bun.SQL.PostgresError;
       // What instances that start at the same instant do to one another.
       const collided = /SQLITE_BUSY|23505|42P07/.test(`${code} ${errno}`);
-      if (!collided || Date.now() > deadline) throw error;
+      if (!collided || Date.now() > deadline)
+        throw new Error(`Cannot use the database: ${message}`);
     }
   }
-  await refresh();
   timer = setInterval(poll, delays.pollSeconds * 1000);
 }
 
@@ -478,13 +482,6 @@ function health(): Response {
 
 // --- Start ---------------------------------------------------------------------------------------
 
-/** A registration with what a request looks up in it. */
-function register(registration: ClientRegistration) {
-  const { scope, jwks } = registration;
-  const scopesAt = Map.groupBy(scope.split(" "), (name) => resources.get(name)!);
-  return { ...registration, scopesAt, jwkSet: jwks && jose.createLocalJWKSet(jwks) };
-}
-
 /** Throws for the first mistake, and names the field. */
 function checkConfiguration(): void {
   check(/^(sqlite|postgres(ql)?):./.test(databaseUrl), "DATABASE_URL must be sqlite: or postgres:");
@@ -511,7 +508,8 @@ function checkConfiguration(): void {
     check(!secret, `${field} jwks has a private key`);
     const kept = client.access_token_lifetime_seconds <= retentionSeconds;
     check(kept, `${field} access_token_lifetime_seconds is over signingKeys.retentionSeconds`);
-    clients.set(client_id, register(client));
+    const scopesAt = Map.groupBy(scope.split(" "), (name) => resources.get(name)!);
+    clients.set(client_id, { ...client, scopesAt, jwkSet: jwks && jose.createLocalJWKSet(jwks) });
   }
 }
 
