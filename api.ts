@@ -84,11 +84,13 @@ export function authorize(request: Request, scope: string): Claims | Promise<Cla
 
 async function validateCall(request: Request, scope: string, field: string, known?: Claims) {
   const { scheme, accessToken } = presentedToken(field);
+  const before = keySet;
   const claims = known ?? (await validateToken(accessToken).catch(refuse("invalid_token")));
   const jkt = claims.cnf?.jkt;
   if (scheme !== (jkt ? "dpop" : "bearer")) throw new Refusal("invalid_token", "the other scheme");
   if (jkt) await verifyProof(request, accessToken, jkt).catch(refuse("invalid_dpop_proof"));
-  if (field.length <= 4_096) remembered.set(field, claims);
+  // Not if the keys changed meanwhile: the token may be of one that is gone.
+  if (keySet === before && field.length <= 4_096) remembered.set(field, claims);
   if (remembered.size > 1_000) remembered.delete(remembered.keys().next().value!);
   return requireScope(claims, scope);
 }

@@ -37,14 +37,15 @@ const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // R
 const leewaySeconds = 30;
 const assertionMaxSeconds = 600;
 const proofMaxAgeSeconds = 90;
-const clockStepSeconds = 300;
 // prettier-ignore
 const parameters = ["grant_type", "scope", "resource", "client_id", "client_secret",
   "client_assertion", "client_assertion_type"];
+const noSecrets: { sha256: string; expires_at?: number }[] = [{ sha256: "".padEnd(44) }];
 const reservedClaims = "iss sub aud exp nbf iat jti client_id scope cnf".split(" ");
 const privateMembers = "d p q dp dq qi oth k priv".split(" ");
 const publicMembers = "kty crv x y n e pub".split(" ");
-const noStore = { "cache-control": "no-store", pragma: "no-cache" }; // RFC 6749 §5.1
+const noStore = new Headers({ "cache-control": "no-store", pragma: "no-cache" }); // RFC 6749 §5.1
+const cacheable = new Headers({ "cache-control": `public, max-age=${delays.maxAgeSeconds}` });
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const secondsNow = () => Math.floor(Date.now() / 1000);
 
@@ -67,12 +68,6 @@ const errors = {
   server_error: [500, "Internal Server Error"],
 } as const;
 
-/** What a client is to do about a status, in header fields (RFC 7617 §2, RFC 9110 §10.2.3). */
-const advice = new Map<number, Record<string, string>>([
-  [401, { "www-authenticate": `Basic realm="${issuer}", charset="UTF-8"` }],
-  [503, { "retry-after": "5" }],
-]);
-
 class Refusal extends Error {
   readonly code: keyof typeof errors;
 
@@ -82,46 +77,50 @@ class Refusal extends Error {
   }
 }
 
-/** What a step finds wrong is an Error: this makes it a Refusal with the code of the step. */
-const refuse = (code: keyof typeof errors) => (error: Error) => {
-  throw error instanceof Refusal ? error : new Refusal(code, error.message);
-};
+function unavailable(reason: string): never {
+  throw new Refusal("temporarily_unavailable", reason);
+}
 
 // --- Token endpoint ------------------------------------------------------------------------------
 
 /** Answers a token request (RFC 6749 §4.4). */
-async function token(request: Request, address: string): Promise<Response> {
+async function token(request: Request, http: Bun.Server<undefined>): Promise<Response> {
   const started = performance.now();
-  const entry: Entry = { address };
+  const entry: Entry = { address: http.requestIP(request)?.address };
+  let step: keyof typeof errors = "invalid_request"; // the code for an Error that is no Refusal
   try {
-    const form = await readForm(request).catch(refuse("invalid_request"));
-    const client = await authenticate(request, form, entry).catch(refuse("invalid_client"));
+    const form = parseForm(request.headers.get("content-type"), await request.text());
+    step = "invalid_client";
+    const client = await authenticate(request.headers.get("authorization"), form, entry);
     checkGrantType(client, form.get("grant_type"));
-    const jkt = await proofThumbprint(request, client).catch(refuse("invalid_dpop_proof"));
+    step = "invalid_dpop_proof";
+    const proof = request.headers.get("dpop") ?? (client.dpop_bound_access_tokens ? "" : undefined);
+    const jkt = proof === undefined ? undefined : await proofThumbprint(proof);
     const { aud, scope } = grantScope(client, form);
+    step = "server_error";
     return Response.json(await issue(client, aud, scope, entry, jkt), { headers: noStore });
-  } catch (thrown) {
-    const fault = () => new Refusal("server_error", `${(thrown as Error).stack}`);
-    const { code: error, message } = thrown instanceof Refusal ? thrown : fault();
-    Object.assign(entry, { error, reason: message.slice(0, 2_000) });
-    const [status, error_description] = errors[error];
-    const headers = { ...noStore, ...advice.get(status) };
-    return Response.json({ error, error_description }, { status, headers });
+  } catch (error) {
+    const code = error instanceof Refusal ? error.code : step;
+    Object.assign(entry, { error: code, reason: (error as Error).message.slice(0, 2_000) });
+    const [status, error_description] = errors[code];
+    const headers = new Headers(noStore);
+    if (status === 401) headers.set("www-authenticate", `Basic realm="${issuer}", charset="UTF-8"`);
+    if (status === 503) headers.set("retry-after", "5");
+    return Response.json({ error: code, error_description }, { status, headers });
   } finally {
-    const event = entry["jti"] ? "token issued" : "token refused";
-    log(event, { ...entry, milliseconds: Math.round(performance.now() - started) });
+    entry["milliseconds"] = Math.round(performance.now() - started);
+    log(entry["error"] ? "token refused" : "token issued", entry);
   }
 }
 
 /** The parameters that this server reads; an empty one counts as absent (RFC 6749 §3.2). */
-async function readForm(request: Request): Promise<Form> {
-  const mediaType = request.headers.get("content-type")?.split(";")[0]?.trim().toLowerCase();
+function parseForm(contentType: string | null, body: string): Form {
+  const mediaType = contentType?.split(";")[0]?.trim().toLowerCase();
   if (mediaType !== "application/x-www-form-urlencoded") throw new Error("not a form");
-  const body = utf8.decode(await request.bytes());
-  // Throws for malformed percent-encoding and what is not UTF-8, which the parser lets pass.
-  if (decodeURIComponent(body).includes("\0")) throw new Error("NUL in the form");
+  if (body.includes("\uFFFD")) throw new Error("not UTF-8"); // what text() puts for such bytes
   const form: Form = new Map();
-  for (const [name, value] of new URLSearchParams(body)) {
+  for (const pair of body.split("&")) {
+    const [name, value] = decodePair(pair, "=");
     if (!parameters.includes(name)) continue;
     const other = form.get(name);
     if (other !== undefined && name !== "resource") throw new Error(`${name} is repeated`);
@@ -132,18 +131,29 @@ async function readForm(request: Request): Promise<Form> {
   return form;
 }
 
+/** Both halves, form-decoded (RFC 6749 Appendix B). Throws for what is malformed, and for NUL. */
+function decodePair(text: string, separator: string): [string, string] {
+  const at = `${text}${separator}`.indexOf(separator);
+  return [formDecode(text.slice(0, at)), formDecode(text.slice(at + 1))];
+}
+
+function formDecode(text: string): string {
+  if (!/[%+\0]/.test(text)) return text;
+  const decoded = decodeURIComponent(text.replaceAll("+", " "));
+  if (decoded.includes("\0")) throw new Error("NUL in a parameter");
+  return decoded;
+}
+
 function checkGrantType({ grant_types }: Client, type: string | undefined): void {
   if (!type) throw new Refusal("invalid_request", "no grant_type");
   if (type !== "client_credentials") throw new Refusal("unsupported_grant_type", "another one");
-  if (!grant_types.includes(type))
-    throw new Refusal("unauthorized_client", "not registered for it");
+  if (!grant_types.includes(type)) throw new Refusal("unauthorized_client", "not registered");
 }
 
 /** One resource and scopes of it (RFC 6749 §3.3, RFC 8707 §2.2): all that was asked for, or none. */
 function grantScope({ scopesAt }: Client, form: Form) {
   const named = form.get("resource");
-  if (named && !scopesAt.has(named))
-    throw new Refusal("invalid_target", "no scope at the resource");
+  if (named && !scopesAt.has(named)) throw new Refusal("invalid_target", "no scope there");
   const requested = form.get("scope")?.split(" ");
   // Choice (§3.3): without a scope, all that the client has at the resource; it must be only one.
   const only = scopesAt.size === 1 ? [...scopesAt.keys()][0] : undefined;
@@ -151,8 +161,7 @@ function grantScope({ scopesAt }: Client, form: Form) {
   const granted = scopesAt.get(aud) ?? [];
   const scopes = [...new Set(requested ?? granted)];
   const all = scopes.length > 0 && scopes.every((name) => granted.includes(name));
-  if (!all)
-    throw new Refusal("invalid_scope", "scope unknown, not granted or of several resources");
+  if (!all) throw new Refusal("invalid_scope", "unknown, not granted or of several resources");
   return { aud, scope: scopes.join(" ") };
 }
 
@@ -160,15 +169,14 @@ function grantScope({ scopesAt }: Client, form: Form) {
 async function issue(client: Client, aud: string, scope: string, entry: Entry, jkt?: string) {
   const { client_id, access_token_lifetime_seconds } = client;
   const iat = secondsNow();
-  const key = signingKey(iat);
-  if (!key) throw new Refusal("temporarily_unavailable", "no key to sign with");
-  const { alg, kid, privateKey, removed_at } = key;
+  const { alg, kid, privateKey, removed_at } = signingKey(iat) ?? unavailable("no signing key");
   const exp = Math.min(iat + access_token_lifetime_seconds, removed_at);
   const jti = crypto.randomUUID();
   const claims = { iss: issuer, sub: client_id, aud, client_id, scope, iat, nbf: iat, exp, jti };
   const all = { ...claims, ...(jkt && { cnf: { jkt } }), ...client.claims };
-  const jwt = new jose.SignJWT(all).setProtectedHeader({ alg, kid, typ: "at+jwt" });
-  const access_token = await jwt.sign(privateKey);
+  const jws = new jose.CompactSign(Buffer.from(JSON.stringify(all)));
+  jws.setProtectedHeader({ alg, kid, typ: "at+jwt" });
+  const access_token = await jws.sign(privateKey);
   Object.assign(entry, { scope, kid, jti });
   return { access_token, token_type: jkt ? "DPoP" : "Bearer", expires_in: exp - iat, scope };
 }
@@ -176,8 +184,7 @@ async function issue(client: Client, aud: string, scope: string, entry: Entry, j
 // --- Client authentication -----------------------------------------------------------------------
 
 /** By exactly one method (RFC 6749 §2.3). Returns the client, or throws why it is not accepted. */
-async function authenticate(request: Request, form: Form, entry: Entry) {
-  const authorization = request.headers.get("authorization");
+function authenticate(authorization: string | null, form: Form, entry: Entry) {
   const assertion = form.get("client_assertion") ?? form.get("client_assertion_type");
   const methods = [authorization !== null, form.get("client_secret"), assertion].filter(Boolean);
   // Two Authorization fields arrive as one, joined by a comma.
@@ -190,15 +197,14 @@ async function authenticate(request: Request, form: Form, entry: Entry) {
   entry["client_id"] = client_id.slice(0, 200);
   if ((named ?? client_id) !== client_id) throw new Refusal("invalid_request", "two client ids");
   const client = clients.get(client_id);
-  return assertion ? await verifyAssertion(client, assertion) : verifySecret(client, secret);
+  return assertion ? verifyAssertion(client, assertion) : verifySecret(client, secret);
 }
 
 /** RFC 6749 §2.3.1: id and secret are form-encoded within the credentials of RFC 7617 §2. */
-function basicCredentials(authorization: string): string[] {
+function basicCredentials(authorization: string): [string, string] {
   const [, encoded] = /^Basic +(\S+)$/i.exec(authorization) ?? [];
   if (!encoded) throw new Error("no Basic credentials in Authorization");
-  const [, ...halves] = /^([^:]*):(.*)$/s.exec(utf8.decode(Uint8Array.fromBase64(encoded))) ?? [];
-  return halves.map((half) => decodeURIComponent(half.replaceAll("+", " ")));
+  return decodePair(utf8.decode(Uint8Array.fromBase64(encoded)), ":");
 }
 
 /** RFC 7523 §2.2. Whom an assertion names, before it is verified. */
@@ -212,11 +218,13 @@ function verifySecret(client: Client | undefined, secret: string): Client {
   if (!secret) throw new Error("no credentials");
   if (secret.length < 32 && !isLoopback(new URL(issuer))) throw new Error("secret too short");
   const presented = Buffer.from(hash("sha256", secret, "base64"));
-  const secrets = client?.client_secrets ?? [{ sha256: "".padEnd(presented.length) }];
-  const matching = secrets.filter(({ sha256 }) => timingSafeEqual(Buffer.from(sha256), presented));
-  const valid = matching.some(({ expires_at = Infinity }) => expires_at > secondsNow());
-  if (client && valid) return client;
-  throw new Error(matching.length ? "expired secret" : client ? "wrong secret" : "unknown client");
+  let reason = client ? "wrong secret" : "unknown client";
+  for (const { sha256, expires_at = Infinity } of client?.client_secrets ?? noSecrets) {
+    if (!timingSafeEqual(Buffer.from(sha256), presented)) continue;
+    if (client && expires_at > secondsNow()) return client;
+    reason = "expired secret";
+  }
+  throw new Error(reason);
 }
 
 /** private_key_jwt: RFC 7523 §3, and its audience as rfc7523bis has it. */
@@ -247,10 +255,8 @@ async function verifyAssertion(client: Client | undefined, assertion: string): P
 
 // --- Proof of possession -------------------------------------------------------------------------
 
-/** RFC 9449 §4.3. The thumbprint of the key that the client proves to have; none without a proof. */
-async function proofThumbprint(request: Request, client: Client) {
-  if (!request.headers.has("dpop") && !client.dpop_bound_access_tokens) return undefined;
-  const proof = request.headers.get("dpop") ?? "";
+/** RFC 9449 §4.3. The thumbprint of the key that a proof shows the client to have. */
+async function proofThumbprint(proof: string): Promise<string> {
   const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, proofRules);
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti } = payload;
@@ -304,7 +310,7 @@ async function useOnce(holder: string[], jti: unknown, expires_at: number): Prom
   const id = hash("sha256", JSON.stringify([...holder, jti]), "base64url");
   const row = sql({ id, expires_at: Math.ceil(expires_at) });
   const insert = answer(sql`INSERT INTO used_jtis ${row} ON CONFLICT DO NOTHING`);
-  const { count } = await insert.catch(refuse("temporarily_unavailable"));
+  const { count } = await insert.catch(({ message }) => unavailable(message));
   if (count !== 1) throw new Error("jti used before");
 }
 
@@ -367,7 +373,7 @@ export async function refresh(at = secondsNow()): Promise<void> {
   }
   // Choice: later than needed, so that a clock that runs ahead or steps forgets nothing early.
   await answer(sql`DELETE FROM signing_keys WHERE removed_at < ${at - retentionSeconds}`);
-  await answer(sql`DELETE FROM used_jtis WHERE expires_at < ${at - clockStepSeconds}`);
+  await answer(sql`DELETE FROM used_jtis WHERE expires_at < ${at - 300}`);
 }
 
 /** Takes over the rows that can be opened. Returns all rows. */
@@ -433,29 +439,27 @@ const documents = new Map([
   ["/health", health],
 ]);
 
-function route(request: Request, address: string): Response | Promise<Response> {
+function route(request: Request, http: Bun.Server<undefined>): Response | Promise<Response> {
+  if (lifecycle.stopping) [noStore, cacheable].forEach((all) => all.set("connection", "close"));
   // Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT).
   const path = /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(request.url)?.[1] ?? "";
-  const isGet = request.method === "GET" || request.method === "HEAD";
+  const { method } = request;
+  const isGet = method === "GET" || method === "HEAD";
   const document = documents.get(path);
   if (document) return isGet ? document() : notAllowed("GET, HEAD");
-  if (path !== "/connect/token")
-    return new Response("Not Found", { status: 404, headers: noStore });
-  return request.method === "POST" ? token(request, address) : notAllowed("POST");
+  if (path === "/connect/token")
+    return method === "POST" ? token(request, http) : notAllowed("POST");
+  return new Response("Not Found", { status: 404, headers: noStore });
 }
 
 function notAllowed(allow: string): Response {
-  return new Response("Method Not Allowed", { status: 405, headers: { ...noStore, allow } });
-}
-
-function cacheable(document: object): Response {
-  const headers = { "cache-control": `public, max-age=${delays.maxAgeSeconds}` };
-  return Response.json(document, { headers });
+  const headers = { ...Object.fromEntries(noStore), allow };
+  return new Response("Method Not Allowed", { status: 405, headers });
 }
 
 /** RFC 8414 §2, made from the configuration: what is advertised is what is done. */
 function metadata(): Response {
-  return cacheable({
+  const document = {
     issuer,
     jwks_uri: `${issuer}/.well-known/openid-configuration/jwks`,
     token_endpoint: tokenEndpoint,
@@ -466,11 +470,12 @@ function metadata(): Response {
     token_endpoint_auth_signing_alg_values_supported: acceptedAlgorithms,
     dpop_signing_alg_values_supported: acceptedAlgorithms,
     protected_resources: [...new Set(resources.values())], // RFC 9728 §4
-  });
+  };
+  return Response.json(document, { headers: cacheable });
 }
 
 function jwks(): Response {
-  return cacheable({ keys: publicKeys(secondsNow()) });
+  return Response.json({ keys: publicKeys(secondsNow()) }, { headers: cacheable });
 }
 
 /** Whether this instance should get requests. */
@@ -522,16 +527,7 @@ export async function start() {
   const listening = await listenOptions("ISSUER", requireOrigin("ISSUER", issuer));
   checkConfiguration();
   await openDatabase();
-  return Bun.serve({
-    ...listening,
-    development: false,
-    maxRequestBodySize: 16_384,
-    fetch: async (request, http) => {
-      const response = await route(request, http.requestIP(request)?.address ?? "");
-      if (lifecycle.stopping) response.headers.set("connection", "close");
-      return response;
-    },
-  });
+  return Bun.serve({ ...listening, development: false, maxRequestBodySize: 16_384, fetch: route });
 }
 
 if (import.meta.main) {
