@@ -18,7 +18,8 @@ import { requireOrigin, resourceServer, stopOnSignal } from "./config.ts";
 // --- Data ----------------------------------------------------------------------------------------
 
 const { issuer, resource, acceptedAlgorithms, refreshSeconds, coolDownSeconds } = resourceServer;
-const where = `resource_metadata="${resource}/.well-known/oauth-protected-resource"`; // RFC 9728 §5.1
+/** RFC 9728 §5.1, RFC 6750 §3, RFC 9449 §7.1. */
+const where = `resource_metadata="${resource}/.well-known/oauth-protected-resource"`;
 const challenges = `Bearer ${where}, DPoP algs="${acceptedAlgorithms.join(" ")}", ${where}`;
 const leewaySeconds = 30;
 const proofMaxAgeSeconds = 90;

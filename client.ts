@@ -38,7 +38,7 @@ const hints: [RegExp, string][] = [
 
 // --- The three steps -----------------------------------------------------------------------------
 
-/** Discovers, requests a token, calls the API; prints what came back. Throws an Error of one line. */
+/** Discovers, requests a token, calls the API; prints what came back. Throws one-line Errors. */
 export async function run(): Promise<void> {
   requireOrigin("ISSUER", issuer);
   requireOrigin("API_URL", resource);
@@ -88,7 +88,7 @@ async function requestToken(): Promise<TokenResponse> {
 let current: Promise<TokenResponse> | undefined;
 let renewAt = 0;
 
-/** The token that there is until shortly before it expires, then a new one, one for all who wait. */
+/** The token that there is until shortly before it expires; then one new one for all who wait. */
 export async function accessToken(): Promise<TokenResponse> {
   if (Date.now() >= renewAt) {
     renewAt = Infinity;

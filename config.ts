@@ -1,7 +1,7 @@
 /**
  * What the three parties are told: addresses, scopes, registrations, lifetimes. First the data, one
- * literal per party; then the few lines that all would otherwise repeat: where to listen and whom to
- * trust, how to fetch, start and stop, the log. On three machines each party has its own copy.
+ * literal per party; then the few lines that all would otherwise repeat: where to listen, whom to
+ * trust, how to fetch and stop, the log. On three machines each party has a copy of its own.
  */
 
 import { existsSync, mkdirSync, promises, readFileSync, rmSync, writeFileSync } from "node:fs";
@@ -10,7 +10,7 @@ import type { JWK } from "jose";
 
 // --- Data ----------------------------------------------------------------------------------------
 
-/** A client as the authorization server knows it, with the names of RFC 7591 §2 and RFC 9449 §5.2. */
+/** A client that is registered, with the names of RFC 7591 §2 and RFC 9449 §5.2. */
 export interface ClientRegistration {
   client_id: string;
   /** SHA-256 in base64, several while a secret is changed; `expires_at` in seconds since 1970. */
@@ -174,7 +174,7 @@ export function stopOnSignal(server: Bun.Server<undefined>, close = async () => 
   const stop = async () => {
     if (lifecycle.stopping) process.exit(1);
     lifecycle.stopping = true;
-    await Bun.sleep(500); // answers carry `Connection: close`: nobody sends into a closed connection
+    await Bun.sleep(500); // answers carry `Connection: close`, so that callers come back elsewhere
     await Promise.race([server.stop(), Bun.sleep(5_000)]);
     await close();
     await Promise.race([written, Bun.sleep(1_000)]);

@@ -7,8 +7,8 @@
  *   GET  /.well-known/openid-configuration/jwks   public keys, RFC 7517
  *   GET  /health
  *
- * Clients authenticate with a secret or a key (RFC 7523); tokens are JWTs (RFC 9068), bound to a key
- * of the client if it sends a proof (RFC 9449). No users, sessions, refresh tokens, introspection.
+ * Clients authenticate with a secret or a key (RFC 7523); tokens are JWTs (RFC 9068), bound to a
+ * key of the client if it sends a proof (RFC 9449). No users, sessions, refresh, introspection.
  * Run: bun run idp.ts   (--new-secret: make a secret for a client)
  */
 
@@ -150,7 +150,7 @@ function checkGrantType({ grant_types }: Client, type: string | undefined): void
   if (!grant_types.includes(type)) throw new Refusal("unauthorized_client", "not registered");
 }
 
-/** One resource and scopes of it (RFC 6749 §3.3, RFC 8707 §2.2): all that was asked for, or none. */
+/** One resource and scopes of it (RFC 6749 §3.3, RFC 8707 §2.2): all that was asked, or none. */
 function grantScope({ scopesAt }: Client, form: Form) {
   const named = form.get("resource");
   if (named && !scopesAt.has(named)) throw new Refusal("invalid_target", "no scope there");
@@ -304,7 +304,7 @@ export function publicKeys(at: number): jose.JWK[] {
   return keys.filter(({ removed_at }) => removed_at > at).map(({ publicJwk }) => publicJwk);
 }
 
-/** Uses up a `jti` until `expires_at`, when its JWT is no longer accepted. Throws if it was used. */
+/** Uses up a `jti` until its JWT is accepted no longer. Throws if it was used before. */
 async function useOnce(holder: string[], jti: unknown, expires_at: number): Promise<void> {
   if (typeof jti !== "string" || !jti) throw new Error("no jti");
   const id = hash("sha256", JSON.stringify([...holder, jti]), "base64url");

@@ -204,3 +204,51 @@ export async function withinOneSecond<Result>(
   }
   throw new Error("five runs in a row took longer than the rest of a second");
 }
+
+/** Sends bytes that `fetch` would not, and returns all that comes back until the server hangs up. */
+export async function exchange(origin: string, text: string): Promise<string> {
+  const { hostname, port } = new URL(origin);
+  const { promise, resolve, reject } = Promise.withResolvers<string>();
+  let answer = "";
+  const socket = await Bun.connect({
+    hostname,
+    port: Number(port),
+    socket: {
+      data: (_, chunk) => void (answer += chunk.toString("latin1")),
+      close: () => resolve(answer),
+      error: (_, error) => reject(error),
+    },
+  });
+  socket.write(text);
+  const timer = setTimeout(() => reject(new Error(`no end of the answer: ${answer}`)), 3_000);
+  return await promise.finally(() => {
+    clearTimeout(timer);
+    socket.end();
+  });
+}
+
+/** The thumbprint of a public key, worked out by hand: RFC 7638 §3, RFC 8037 §2, and AKP keys. */
+export function thumbprint(jwk: Record<string, unknown>): string {
+  const required: Record<string, string[]> = {
+    AKP: ["alg", "kty", "pub"],
+    EC: ["crv", "kty", "x", "y"],
+    OKP: ["crv", "kty", "x"],
+    RSA: ["e", "kty", "n"],
+  };
+  const members = required[`${jwk["kty"]}`]!.map((name) => [name, jwk[name]]);
+  const text = JSON.stringify(Object.fromEntries(members));
+  return new Bun.CryptoHasher("sha256").update(text).digest("base64url");
+}
+
+/** Waits until `condition` gives something, and returns that. Throws when it takes too long. */
+export async function eventually<Value>(
+  what: string,
+  condition: () => Value | Promise<Value>,
+  seconds = 5,
+): Promise<NonNullable<Value>> {
+  for (const deadline = Date.now() + seconds * 1000; ; await Bun.sleep(5)) {
+    const value = await condition();
+    if (value) return value;
+    if (Date.now() > deadline) throw new Error(`not within ${seconds} s: ${what}`);
+  }
+}
