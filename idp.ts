@@ -78,6 +78,7 @@ class Refusal extends Error {
 }
 
 function unavailable(reason: string): never {
+  healthy = false;
   throw new Refusal("temporarily_unavailable", reason);
 }
 
@@ -331,9 +332,8 @@ async function openDatabase(): Promise<void> {
     } catch (error) {
       const { code, errno, message } = error as Bun.SQL.PostgresError;
       // What instances that start at the same instant do to one another.
-      const collided = /SQLITE_BUSY|23505|42P07/.test(`${code} ${errno}`);
-      if (!collided || Date.now() > deadline)
-        throw new Error(`Cannot use the database: ${message}`);
+      const isOver = !/SQLITE_BUSY|23505|42P07/.test(`${code} ${errno}`) || Date.now() > deadline;
+      if (isOver) throw new Error(`Cannot use the database: ${message}`);
     }
   }
   timer = setInterval(poll, delays.pollSeconds * 1000);
@@ -362,10 +362,10 @@ async function poll(): Promise<void> {
 /** Reads the table, makes each key that is missing at `at`, and sweeps what is long over. */
 export async function refresh(at = secondsNow()): Promise<void> {
   let rows = await load();
+  const due = (alg: string) => rows.find((row) => row.alg === alg && row.signs_until > at)?.kid;
+  const locked = algorithms.map(due).find((kid) => kid && !keys.some((key) => key.kid === kid));
+  if (locked && !timer) throw new Error(`KEY_ENCRYPTION_SECRET does not open the key ${locked}`);
   for (const alg of algorithms) {
-    const due = rows.find((row) => row.alg === alg && row.signs_until > at)?.kid;
-    const locked = !timer && due && !keys.some(({ kid }) => kid === due);
-    if (locked) throw new Error(`KEY_ENCRYPTION_SECRET does not open the ${alg} key ${due}`);
     for (let from; (from = missing(alg, at)) !== undefined; rows = await load()) {
       const generations = rows.filter((row) => row.alg === alg).map((row) => row.generation);
       await insertKey(alg, Math.max(0, ...generations) + 1, from);
