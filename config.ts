@@ -33,9 +33,8 @@ const resource = env["API_URL"] || "https://localhost:6001";
 const keyTimes = { pollSeconds: 10, maxAgeSeconds: 60, refreshSeconds: 300, coolDownSeconds: 5 };
 
 /** Signature algorithms accepted from others, asymmetric ones only. */
-// prettier-ignore
-const acceptedAlgorithms = ["ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384",
-  "PS512", "EdDSA", "Ed25519", "ML-DSA-44", "ML-DSA-65", "ML-DSA-87"];
+const acceptedAlgorithms = `ES256 ES384 ES512 RS256 RS384 RS512 PS256 PS384 PS512 EdDSA Ed25519
+  ML-DSA-44 ML-DSA-65 ML-DSA-87`.split(/\s+/);
 
 export const authorizationServer = {
   issuer,
@@ -97,9 +96,9 @@ export const isLoopback = (url: URL) => /^(localhost|127(\.\d+){3}|\[::1\])$/.te
 
 /** Options for Bun.serve: at `origin`, or in plain http at ISSUER_LISTEN or API_LISTEN. */
 export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
-  const listen = env[`${name}_LISTEN`];
-  if (listen && !/.:\d+$/.test(listen)) throw new Error(`${name}_LISTEN must be host:port`);
-  const url = listen ? new URL(`http://${listen}`) : origin;
+  const listen = env[`${name}_LISTEN`] ?? "";
+  const url = listen ? URL.parse(`http://${listen}`) : origin;
+  if (!url || !/^([^/?#@]+:\d+)?$/.test(listen)) throw new Error(`${name}_LISTEN: not host:port`);
   const hostname = url.hostname.replace(/^\[|\]$/g, "");
   const port = Number(url.port || (url.protocol === "https:" ? 443 : 80));
   const options = { hostname, port, reusePort: env["REUSE_PORT"] === "1" };
@@ -116,27 +115,24 @@ async function certificate(): Promise<{ key: string; cert: string }> {
     mkdirSync("keys", { recursive: true, mode: 0o700 });
     const draft = `${file}.${crypto.randomUUID()}`;
     writeFileSync(draft, "", { mode: 0o600 });
-    const made =
-      Bun.which("openssl") && Bun.spawnSync([...selfSigned, draft, "-out", draft]).success;
+    const openssl = Bun.which("openssl");
+    const made = openssl && Bun.spawnSync([openssl, ...selfSigned, draft, "-out", draft]).success;
     // link() never overwrites: the three programs may start at the same instant.
     if (made) await promises.link(draft, file).catch(() => {});
     rmSync(draft);
-    if (!made) throw new Error(`openssl is missing: ${waysOn}`);
+    if (!made) throw new Error(`openssl ${openssl ? "failed" : "is missing"}: ${waysOn}`);
   }
   const pem = readFileSync(file, "utf8");
   return { key: pem, cert: pem };
 }
 
 const waysOn = "install it, set TLS_CERT and TLS_KEY, or use http on a loopback host";
-const selfSigned = `openssl req -x509 -days 3650 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256
-  -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout`.split(
-  /\s+/,
-);
+const selfSigned = `req -x509 -days 3650 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -subj
+  /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout`.split(/\s+/);
 
 /** The text of the file that an environment variable names. Throws an Error that names both. */
-export async function fileText(variable: string): Promise<string> {
-  const file = Bun.file(env[variable] ?? "");
-  return await file.text().catch(({ message }: Error) => {
+async function fileText(variable: string): Promise<string> {
+  return await promises.readFile(env[variable] ?? "", "utf8").catch(({ message }: Error) => {
     throw new Error(`${variable} must name a readable file: ${message}`);
   });
 }
@@ -162,8 +158,9 @@ export async function boundedFetch(url: string, init: RequestInit, maxBytes: num
 // --- Start, stop, log ----------------------------------------------------------------------------
 
 /** Ends the program: one line on stderr, exit code 1. */
-export function fail(error: Error): never {
-  console.error(`error: ${error.message}`);
+export function fail({ message, code = "" }: Error & { code?: string }): never {
+  const hint = code.startsWith("ERR_OSSL") ? "TLS_CERT and TLS_KEY must be one pair in PEM: " : "";
+  console.error(`error: ${hint}${message.replaceAll(/\s+/g, " ")}`);
   process.exit(1);
 }
 
@@ -195,12 +192,15 @@ export function log(event: string, details: Record<string, unknown>): void {
   const full = pending.length > 1_048_576;
   if (!full) pending += `${JSON.stringify(entry)}\n`;
   dropped = full ? dropped + 1 : 0;
-  written ??= Bun.sleep(200).then(writeLog);
+  written ??= writeLog().finally(() => (written = undefined));
 }
 
+/** Writes the pending lines, now and then, until there are none. */
 async function writeLog(): Promise<void> {
-  const text = pending;
-  await new Promise((done) => process.stdout.write(text, done));
-  pending = pending.slice(text.length);
-  written = pending ? Bun.sleep(200).then(writeLog) : undefined;
+  while (pending) {
+    await Bun.sleep(200);
+    const text = pending;
+    await new Promise((done) => process.stdout.write(text, done));
+    pending = pending.slice(text.length);
+  }
 }
