@@ -98,7 +98,7 @@ export const isLoopback = (url: URL) => /^(localhost|127(\.\d+){3}|\[::1\])$/.te
 export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
   const listen = env[`${name}_LISTEN`] ?? "";
   const url = listen ? URL.parse(`http://${listen}`) : origin;
-  if (!url || !/^([^/?#@]+:\d+)?$/.test(listen)) throw new Error(`${name}_LISTEN: not host:port`);
+  if (!url || !/^([^/?#@]+:\d+)?$/.test(listen)) throw new Error(`${name}_LISTEN: use host:port`);
   const hostname = url.hostname.replace(/^\[|\]$/g, "");
   const port = Number(url.port || (url.protocol === "https:" ? 443 : 80));
   const options = { hostname, port, reusePort: env["REUSE_PORT"] === "1" };
