@@ -15,16 +15,12 @@ import { boundedFetch, client, fail, requireOrigin } from "./config.ts";
 // --- Data ----------------------------------------------------------------------------------------
 
 const { issuer, resource, client_id, client_secret, scope, keyFile, dpop } = client;
-const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // RFC 7523 §2.2
-const maxBytes = 1_048_576;
 const newKeyFile = "keys/client.jwk";
 
-/** RFC 6749 §5.1. */
+/** RFC 6749 §5.1, as far as a call needs it. */
 interface TokenResponse {
   access_token: string;
   token_type: string;
-  expires_in?: number;
-  scope?: string;
 }
 
 /** What to try, by the code of an error. */
@@ -33,6 +29,7 @@ const hints: [RegExp, string][] = [
   [/CERT|SIGNATURE/, "Start all three in one directory, or set NODE_EXTRA_CA_CERTS."],
   [/invalid_client/, "Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY."],
   [/invalid_scope/, "Check SCOPE against the registration of the client."],
+  [/invalid_dpop_proof/, "Set DPOP=1 if the client is registered for bound tokens."],
   [/insufficient_scope/, "Check SCOPE: the API requires another scope."],
 ];
 
@@ -44,21 +41,20 @@ export async function run(): Promise<void> {
   requireOrigin("API_URL", resource);
   console.error(`Requesting a token for ${client_id} from ${issuer}`);
   const token = await accessToken();
-  console.log(JSON.stringify(token, null, 2));
+  print(token);
   const header = jose.decodeProtectedHeader(token.access_token);
   const claims = jose.decodeJwt(token.access_token);
-  console.log(JSON.stringify({ header, claims }, null, 2));
+  print({ header, claims });
   const url = `${resource}/identity`;
   console.error(`Calling ${url}`);
-  const answer = await apiFetch(url);
-  if (!answer.ok) throw await refused("The call", url, answer);
-  console.log(JSON.stringify(await members(answer), null, 2));
+  print(await accepted("The call", url, await apiFetch(url)));
 }
 
 /** The token endpoint (RFC 8414 §3.3). */
 async function discover(): Promise<string> {
   const url = `${issuer}/.well-known/openid-configuration`;
-  const { issuer: named, token_endpoint } = await members(await send("Discovery", url, {}));
+  const answer = await send("Discovery", url, {});
+  const { issuer: named, token_endpoint } = await accepted("Discovery", url, answer);
   const own = named === issuer && `${token_endpoint}`.startsWith(`${issuer}/`);
   if (!own) throw failure("Discovery", url, `this is not the metadata of ${issuer}`);
   return `${token_endpoint}`;
@@ -72,15 +68,15 @@ async function requestToken(): Promise<TokenResponse> {
   await authenticate(headers, body);
   await prove(headers, "POST", url);
   const answer = await send("The token request", url, { method: "POST", headers, body });
-  if (answer.status !== 200) throw await refused("The token request", url, answer);
-  const token = (await members(answer)) as unknown as TokenResponse;
+  const token = await accepted("The token request", url, answer);
   // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
-  const usable = `${token.token_type}`.toLowerCase() === (dpop ? "dpop" : "bearer");
-  if (!usable || !token.access_token) throw failure("The token request", url, "no usable token");
+  const isAsked = `${token["token_type"]}`.toLowerCase() === (dpop ? "dpop" : "bearer");
+  const isToken = /^[\w.~+/-]+=*$/.test(`${token["access_token"] ?? ""}`); // RFC 6750 §2.1
+  if (!isAsked || !isToken) throw failure("The token request", url, "no usable token");
   // A minute before it expires, or half-way if its life is short; without expires_in at once.
-  const { expires_in = 0 } = token;
-  renewAt = started + 1000 * (expires_in - Math.min(60, expires_in / 2));
-  return token;
+  const lifetime = Number(token["expires_in"]) || 0;
+  renewAt = started + 1000 * (lifetime - Math.min(60, lifetime / 2));
+  return token as unknown as TokenResponse;
 }
 
 // --- What programs import ------------------------------------------------------------------------
@@ -89,13 +85,12 @@ let current: Promise<TokenResponse> | undefined;
 let renewAt = 0;
 
 /** The token that there is until shortly before it expires; then one new one for all who wait. */
-export async function accessToken(): Promise<TokenResponse> {
-  if (Date.now() >= renewAt) {
-    renewAt = Infinity;
-    current = requestToken();
-    current.catch(() => (renewAt = 0));
-  }
-  return await current!;
+export function accessToken(): Promise<TokenResponse> {
+  if (current && Date.now() < renewAt) return current;
+  renewAt = Infinity;
+  current = requestToken();
+  current.catch(() => (renewAt = 0));
+  return current;
 }
 
 /**
@@ -104,19 +99,20 @@ export async function accessToken(): Promise<TokenResponse> {
  */
 export async function apiFetch(url: string, init: RequestInit = {}): Promise<Response> {
   if (new URL(url).origin !== resource) throw new Error(`The token is for ${resource} alone.`);
-  const token = await accessToken();
-  const answer = await call(url, init, token);
+  const used = accessToken();
+  const answer = await call(url, init, await used);
   const challenge = answer.headers.get("www-authenticate") ?? "";
   const rejected = answer.status === 401 && challenge.includes('error="invalid_token"');
   if (!rejected || init.body instanceof ReadableStream) return answer;
-  if (token === (await current)) renewAt = 0;
+  if (used === current) renewAt = 0; // else somebody renewed it meanwhile
   return await call(url, init, await accessToken());
 }
 
 async function call(url: string, init: RequestInit, { token_type, access_token }: TokenResponse) {
   const headers = new Headers(init.headers);
   headers.set("authorization", `${token_type} ${access_token}`);
-  await prove(headers, init.method ?? "GET", url, access_token);
+  const { method } = new Request(url, { method: init.method ?? "GET" }); // get becomes GET
+  await prove(headers, method, url, access_token);
   return await send("The call", url, { ...init, headers });
 }
 
@@ -130,22 +126,25 @@ async function authenticate(headers: Headers, body: URLSearchParams): Promise<vo
     const credentials = [client_id, client_secret].map(encodeURIComponent).join(":");
     return headers.set("authorization", `Basic ${btoa(credentials)}`);
   }
-  const jwk: jose.JWK = await Bun.file(keyFile)
-    .json()
-    .catch(() => {
-      throw new Error(`CLIENT_KEY must name a file with a private JWK: ${keyFile}`);
-    });
-  const assertion = new jose.SignJWT({ jti: crypto.randomUUID() });
-  assertion.setIssuer(client_id).setSubject(client_id).setAudience(issuer);
-  assertion.setIssuedAt().setExpirationTime("1 minute");
-  assertion.setProtectedHeader({ alg: `${jwk.alg}`, kid: `${jwk.kid}` });
-  body.set("client_assertion_type", jwtBearer);
-  body.set("client_assertion", await assertion.sign(jwk));
+  const assertion = await clientAssertion(keyFile).catch(() => {
+    throw new Error(`CLIENT_KEY must name a file with a private JWK and its alg, not ${keyFile}`);
+  });
+  body.set("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer");
+  body.set("client_assertion", assertion);
+}
+
+/** RFC 7523 §2.2 and §3, for the issuer alone. */
+async function clientAssertion(file: string): Promise<string> {
+  const jwk: { alg: string; kid: string } = await Bun.file(file).json();
+  const claims = { iss: client_id, sub: client_id, aud: issuer, jti: crypto.randomUUID() };
+  const assertion = new jose.SignJWT(claims).setIssuedAt().setExpirationTime("1 minute");
+  return await assertion.setProtectedHeader({ alg: jwk.alg, kid: jwk.kid }).sign(jwk);
 }
 
 /** Adds a proof of possession for this request (RFC 9449 §4.2) if tokens are to be bound. */
-async function prove(headers: Headers, htm: string, htu: string, token?: string): Promise<void> {
+async function prove(headers: Headers, htm: string, url: string, token?: string): Promise<void> {
   if (!proofKey) return;
+  const [htu] = url.split(/[?#]/);
   const jwk = await jose.exportJWK(proofKey.publicKey);
   const ath = token && Bun.SHA256.hash(token, "base64url");
   const proof = new jose.SignJWT({ htm, htu, jti: crypto.randomUUID(), ...(ath && { ath }) });
@@ -166,36 +165,42 @@ async function makeKey(): Promise<void> {
 // --- Requests and messages -----------------------------------------------------------------------
 
 async function send(what: string, url: string, init: RequestInit): Promise<Response> {
-  const signal = AbortSignal.timeout(10_000);
-  return await boundedFetch(url, { ...init, signal }, maxBytes).catch(({ message, code }) => {
+  const deadline = AbortSignal.timeout(10_000);
+  const signal = AbortSignal.any([deadline, init.signal ?? deadline]);
+  return await boundedFetch(url, { ...init, signal }, 1_048_576).catch(({ message, code }) => {
     throw failure(what, url, typeof code === "string" ? code : message, code);
   });
 }
 
-/** The members of a JSON object, none if it is something else. */
-async function members(answer: Response): Promise<Record<string, unknown>> {
-  return Object(await answer.json().catch(() => ({}))) as Record<string, unknown>;
-}
-
-async function refused(what: string, url: string, answer: Response): Promise<Error> {
+/** The members of a successful answer (RFC 6749 §5.1, RFC 8414 §3.2). Throws what another says. */
+async function accepted(what: string, url: string, answer: Response) {
+  const members = Object(await answer.json().catch(() => ({}))) as Record<string, unknown>;
+  if (answer.status === 200) return members;
   const challenge = answer.headers.get("www-authenticate") ?? "";
-  const { error, error_description = "" } = await members(answer);
+  const { error, error_description = "" } = members;
   const code = error ?? /error="([^"]*)"/.exec(challenge)?.[1] ?? "";
-  return failure(what, url, `${answer.status} ${code} ${error_description}`.trim(), code);
+  throw failure(what, url, `${answer.status} ${code} ${error_description}`.trim(), code);
 }
 
 /** An Error of one line: what failed, where, why as printable text, and what to try. */
 function failure(what: string, url: string, why: string, code?: unknown): Error {
-  const escape = (character: string) => `\\u{${character.codePointAt(0)!.toString(16)}}`;
-  const printable = why.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, escape).slice(0, 200);
   const hint = hints.find(([pattern]) => pattern.test(`${code}`));
-  return new Error(`${what} failed at ${url}: ${printable}${hint ? ` (${hint[1]})` : ""}`);
+  const [where, reason] = [url, why].map((text) => printable(text).slice(0, 200));
+  return new Error(`${what} failed at ${where}: ${reason}${hint ? ` (${hint[1]})` : ""}`);
 }
+
+/** What is not ASCII, as JSON escapes it: no text of a server plays tricks on a terminal. */
+const printable = (text: string) => text.replace(/[^ -~]/g, escape);
+const escape = (unit: string) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`;
+
+const print = (value: unknown) =>
+  console.log(JSON.stringify(value, null, 2).split("\n").map(printable).join("\n"));
 
 /** Waits until a server answers, for the seconds that it may need to start. */
 async function untilUp(url: string): Promise<void> {
   for (let tries = 0; tries < 200; tries++) {
-    if (await boundedFetch(url, {}, maxBytes).catch(() => undefined)) return;
+    const problem = await send("Waiting", url, {}).catch((error: Error) => error.message);
+    if (!`${problem}`.includes("ECONNREFUSED")) return;
     await Bun.sleep(100);
   }
 }
