@@ -48,15 +48,15 @@ const errors = {
   server_error: [500, "Internal Server Error"],
 } as const;
 
-/** Why a caller is turned away; the reason goes to the log. */
+/** Why a caller is turned away; the reason and the details go to the log. */
 export class Refusal extends Error {
   readonly code: keyof typeof errors;
-  readonly scope: string | undefined;
+  readonly details: { scope?: string; client_id?: string; jti?: unknown };
 
-  constructor(code: keyof typeof errors, reason: string, scope?: string) {
+  constructor(code: keyof typeof errors, reason: string, details = {}) {
     super(reason);
     this.code = code;
-    this.scope = scope;
+    this.details = details;
   }
 }
 
@@ -71,15 +71,15 @@ const refuse = (code: keyof typeof errors) => (error: Error) => {
 const remembered = new Map<string, Claims>();
 
 /**
- * The caller's claims, without waiting if the token was seen before. Throws, or rejects with, a
- * Refusal for a caller who may not use `scope` (RFC 6750 §3).
+ * The caller's claims, without waiting if the token was seen before. Rejects with a Refusal for a
+ * caller who may not use `scope` (RFC 6750 §3).
  */
 export function authorize(request: Request, scope: string): Claims | Promise<Claims> {
   const field = request.headers.get("authorization") ?? "";
   const claims = remembered.get(field);
   // Without leeway: a token that is about to expire is validated again.
   const known = claims && claims.exp > secondsNow() ? claims : undefined;
-  if (known && !known.cnf) return requireScope(known, scope);
+  if (known && !known.cnf && hasScope(known, scope)) return known;
   return validateCall(request, scope, field, known);
 }
 
@@ -93,7 +93,9 @@ async function validateCall(request: Request, scope: string, field: string, know
   // Not if the keys changed meanwhile: the token may be of one that is gone.
   if (keySet === before && field.length <= 4_096) remembered.set(field, claims);
   if (remembered.size > 1_000) remembered.delete(remembered.keys().next().value!);
-  return requireScope(claims, scope);
+  if (hasScope(claims, scope)) return claims;
+  const { client_id, jti } = claims;
+  throw new Refusal("insufficient_scope", "not in the token", { scope, client_id, jti });
 }
 
 /** RFC 6750 §2.1, RFC 9449 §7.1. */
@@ -123,12 +125,9 @@ async function validateToken(accessToken: string): Promise<Claims> {
   return payload;
 }
 
-/** The claims, if their scope, a string or from other issuers an array, has this one. */
-function requireScope(claims: Claims, scope: string): Claims {
-  const granted = claims["scope"];
-  const scopes = typeof granted === "string" ? granted.split(" ") : granted;
-  if (Array.isArray(scopes) && scopes.includes(scope)) return claims;
-  throw new Refusal("insufficient_scope", `token ${claims.jti} of ${claims.client_id}`, scope);
+/** Whether a scope, a string or from other issuers an array, has this one. */
+function hasScope({ scope: granted }: Claims, scope: string): boolean {
+  return (typeof granted === "string" ? granted.split(" ") : [granted].flat()).includes(scope);
 }
 
 // --- Proof of possession -------------------------------------------------------------------------
@@ -143,9 +142,10 @@ async function verifyProof(request: Request, accessToken: string, boundTo: strin
   const { htm, htu, iat = 0, jti, ath } = payload;
   if (crit) throw new Error("crit in the header");
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  const { origin, pathname } = new URL(`${htu}`); // normalized, as RFC 3986 §6.2.2 and §6.2.3 say
+  // Both normalized, as RFC 3986 §6.2.2 and §6.2.3 say.
+  const [target] = new URL(`${htu}`).href.split(/[?#]/);
   const { href } = new URL(resource + pathOf(request));
-  if (htm !== request.method || origin + pathname !== href) throw new Error("for another request");
+  if (htm !== request.method || target !== href) throw new Error("for another request");
   const age = secondsNow() - iat;
   if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
   if (ath !== Bun.SHA256.hash(accessToken, "base64url")) throw new Error("ath of another token");
@@ -161,8 +161,7 @@ async function verifyProof(request: Request, accessToken: string, boundTo: strin
 
 // --- Keys of the issuer --------------------------------------------------------------------------
 
-let jwks = "";
-let kids = new Set<string | undefined>();
+let keys: jose.JWK[] = [];
 let keySet: ReturnType<typeof jose.createLocalJWKSet> | undefined;
 let fetching: Promise<void> | undefined;
 let fetchedAt = -Infinity;
@@ -170,7 +169,7 @@ let fetchedAt = -Infinity;
 /** The key that a token names; for an unknown one the keys are fetched again. */
 async function issuerKey(header: jose.JWTHeaderParameters, token: jose.FlattenedJWSInput) {
   if (!header.kid) throw new Error("no kid in the header");
-  if (!kids.has(header.kid)) await refreshKeys();
+  if (!keys.some(({ kid }) => kid === header.kid)) await refreshKeys();
   return await keySet!(header, token);
 }
 
@@ -179,7 +178,7 @@ async function refreshKeys(): Promise<void> {
   if (performance.now() - fetchedAt >= coolDownSeconds * 1000) {
     fetchedAt = performance.now();
     fetching = fetchKeys().finally(() => (fetching = undefined));
-    fetching.catch(({ message }: Error) => log("keys not fetched", { reason: message }));
+    fetching.catch(({ message: reason }: Error) => log("keys not fetched", { reason }));
   }
   await fetching?.catch(refuse("temporarily_unavailable"));
   if (!keySet) throw new Refusal("temporarily_unavailable", "no keys of the issuer yet");
@@ -188,20 +187,23 @@ async function refreshKeys(): Promise<void> {
 async function fetchKeys(): Promise<void> {
   const signal = AbortSignal.timeout(5_000);
   const url = `${issuer}/.well-known/openid-configuration`;
-  const metadata = await (await boundedFetch(url, { signal }, maxBytes)).text();
+  const metadata = await boundedFetch(url, { signal }, maxBytes).then(textOf);
   const { issuer: named, jwks_uri } = JSON.parse(metadata);
-  // RFC 8414 §3.3: the issuer must be identical to the one that was asked.
+  // RFC 8414 §3.3: the issuer must be identical to the one that was asked; §2: https.
   if (named !== issuer) throw new Error("metadata of another issuer");
-  const text = await (await boundedFetch(jwks_uri, { signal }, maxBytes - metadata.length)).text();
-  if (text === jwks) return;
-  const { keys }: jose.JSONWebKeySet = JSON.parse(text);
-  const usable = keys.filter(({ kid, kty }) => kid && kty !== "oct");
+  requireOrigin("jwks_uri", new URL(jwks_uri).origin);
+  const text = await boundedFetch(jwks_uri, { signal }, maxBytes - metadata.length).then(textOf);
+  const all: (jose.JWK | null)[] = JSON.parse(text).keys;
+  const usable = all.filter((jwk) => jwk?.kid && /^(EC|RSA|OKP|AKP)$/.test(`${jwk.kty}`));
   if (!usable.length) throw new Error("no usable key in the JWK Set");
-  keySet = jose.createLocalJWKSet({ keys: usable });
-  kids = new Set(usable.map(({ kid }) => kid));
-  jwks = text;
+  if (Bun.deepEquals(usable, keys)) return;
+  keys = usable as jose.JWK[];
+  keySet = jose.createLocalJWKSet({ keys });
   remembered.clear();
 }
+
+const textOf = (answer: Response) =>
+  answer.status === 200 ? answer.text() : Promise.reject(new Error(`status ${answer.status}`));
 
 // --- Routes --------------------------------------------------------------------------------------
 
@@ -267,13 +269,15 @@ function health(): Response {
 }
 
 /** The challenges of RFC 6750 §3 and RFC 9449 §7.1, the error at the scheme that was used. */
-function refusal(error: Error, request: Request, address: string | undefined): Response {
+function refusal(error: Error, request: Request, http: Bun.Server<undefined>, started: number) {
   const known = error instanceof Refusal ? error : new Refusal("server_error", `${error.stack}`);
-  const { code, message, scope } = known;
-  log("call refused", { address, error: code, scope, reason: message.slice(0, 2_000) });
+  const { code, message, details } = known;
+  const entry = { address: http.requestIP(request)?.address, ...details, error: code };
+  const milliseconds = Math.round(performance.now() - started);
+  log("call refused", { ...entry, reason: message.slice(0, 2_000), milliseconds });
   const [status, text] = errors[code];
   if (status >= 500) return reply(text, status, { "retry-after": `${coolDownSeconds}` });
-  const needed = scope ? `, scope="${scope}"` : "";
+  const needed = details.scope ? `, scope="${details.scope}"` : "";
   const why = `error="${code}", error_description="${text}"${needed}, `;
   const used = /^dpop/i.test(request.headers.get("authorization") ?? "") ? "DPoP " : "Bearer ";
   const told = code === "no_credentials" ? challenges : challenges.replace(used, `$&${why}`);
@@ -292,13 +296,10 @@ export async function start() {
     maxRequestBodySize: 16_384,
     // Without a promise where none is needed: most calls come with a token that is remembered.
     fetch: (request, http) => {
-      const refused = (error: Error) => refusal(error, request, http.requestIP(request)?.address);
-      try {
-        const answer = route(request);
-        return answer instanceof Promise ? answer.catch(refused) : answer;
-      } catch (error) {
-        return refused(error as Error);
-      }
+      const started = performance.now();
+      const answer = route(request);
+      if (!(answer instanceof Promise)) return answer;
+      return answer.catch((error) => refusal(error, request, http, started));
     },
   });
 }
