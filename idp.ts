@@ -263,8 +263,8 @@ async function proofThumbprint(proof: string): Promise<string> {
   const { htm, htu, iat = 0, jti } = payload;
   if (crit) throw new Error("crit in the header");
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  const { origin, pathname } = new URL(`${htu}`); // normalized, as RFC 3986 §6.2.2 and §6.2.3 say
-  if (htm !== "POST" || origin + pathname !== tokenEndpoint) throw new Error("for another request");
+  const [target] = new URL(`${htu}`).href.split(/[?#]/); // normalized: RFC 3986 §6.2.2 and §6.2.3
+  if (htm !== "POST" || target !== tokenEndpoint) throw new Error("for another request");
   const age = secondsNow() - iat;
   if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
   const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
@@ -354,7 +354,7 @@ async function poll(): Promise<void> {
     log("database away", { reason: (error as Error).message });
     healthy = false;
     if (sqliteFile) return;
-    void sql.close({ timeout: 0 }); // its connections may never answer again
+    sql.close({ timeout: 0 }).catch(() => {}); // its connections may never answer again
     sql = new Bun.SQL(databaseUrl);
   }
 }
@@ -490,32 +490,35 @@ function health(): Response {
 /** Throws for the first mistake, and names the field. */
 function checkConfiguration(): void {
   check(/^(sqlite|postgres(ql)?):./.test(databaseUrl), "DATABASE_URL must be sqlite: or postgres:");
-  check(
-    seals.every((s) => s.length === 32),
-    "KEY_ENCRYPTION_SECRET needs 32 bytes in base64url",
-  );
+  check(!seals.some((s) => s.length !== 32), "KEY_ENCRYPTION_SECRET needs 32 bytes, base64url");
   const caches = 2 * Object.values(delays).reduce((sum, seconds) => sum + seconds);
   check(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
   const known = algorithms.length && algorithms.every((alg) => acceptedAlgorithms.includes(alg));
   check(known, "signingKeys.algorithms must be some of acceptedAlgorithms");
-  for (const client of authorizationServer.clients) {
-    const { client_id, scope, claims = {}, client_secrets = [], jwks } = client;
-    const field = `clients: ${client_id}:`;
-    check(!clients.has(client_id), `${field} client_id is there twice`);
-    check(
-      scope.split(" ").every((name) => resources.has(name)),
-      `${field} scope is not in scopes`,
-    );
-    check(!reservedClaims.some((name) => name in claims), `${field} claims has a reserved name`);
-    const hashed = client_secrets.every(({ sha256 }) => /^[A-Za-z0-9+/]{43}=$/.test(sha256));
-    check(hashed, `${field} client_secrets has what is not a SHA-256 in base64`);
-    const secret = jwks?.keys.some((jwk) => privateMembers.some((name) => name in jwk));
-    check(!secret, `${field} jwks has a private key`);
-    const kept = client.access_token_lifetime_seconds <= retentionSeconds;
-    check(kept, `${field} access_token_lifetime_seconds is over signingKeys.retentionSeconds`);
-    const scopesAt = Map.groupBy(scope.split(" "), (name) => resources.get(name)!);
-    clients.set(client_id, { ...client, scopesAt, jwkSet: jwks && jose.createLocalJWKSet(jwks) });
+  for (const { scope, resource } of scopes) {
+    const absolute = URL.canParse(resource) && !resource.includes("#"); // RFC 8707 §2
+    check(absolute, `scopes: ${scope}: resource must be an absolute URI without a fragment`);
   }
+  authorizationServer.clients.forEach(register);
+}
+
+function register(client: ClientRegistration): void {
+  const { client_id, scope, claims = {}, client_secrets = [], jwks } = client;
+  const field = `clients: ${client_id}:`;
+  check(!clients.has(client_id), `${field} client_id is there twice`);
+  const names = scope.split(" ");
+  check(!names.some((name) => !resources.has(name)), `${field} scope is not in scopes`);
+  check(!reservedClaims.some((name) => name in claims), `${field} claims has a reserved name`);
+  check(client_secrets.length || jwks, `${field} needs client_secrets or jwks`);
+  const hashed = client_secrets.every(({ sha256 }) => /^[A-Za-z0-9+/]{43}=$/.test(sha256));
+  check(hashed, `${field} client_secrets has what is not a SHA-256 in base64`);
+  const secret = jwks?.keys.some((jwk) => privateMembers.some((name) => name in jwk));
+  check(!secret, `${field} jwks has a private key`);
+  const { access_token_lifetime_seconds: lifetime } = client;
+  const kept = Number.isInteger(lifetime) && lifetime > 0 && lifetime <= retentionSeconds;
+  check(kept, `${field} access_token_lifetime_seconds is not 1 to signingKeys.retentionSeconds`);
+  const scopesAt = Map.groupBy(names, (name) => resources.get(name)!);
+  clients.set(client_id, { ...client, scopesAt, jwkSet: jwks && jose.createLocalJWKSet(jwks) });
 }
 
 function check(holds: unknown, rule: string): void {
