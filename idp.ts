@@ -22,10 +22,8 @@ import { lifecycle, listenOptions, log, requireOrigin, stopOnSignal } from "./co
 // --- Data ----------------------------------------------------------------------------------------
 
 type Form = Map<string, string>;
-interface Client extends ClientRegistration {
-  scopesAt: Map<string, string[]>;
-  jwkSet: ReturnType<typeof jose.createLocalJWKSet> | undefined;
-}
+type KeySet = ReturnType<typeof jose.createLocalJWKSet> | undefined;
+type Client = ClientRegistration & { scopesAt: Map<string, string[]>; jwkSet: KeySet };
 type Entry = Record<string, unknown>;
 
 const { issuer, scopes, signingKeys, acceptedAlgorithms, databaseUrl } = authorizationServer;
@@ -187,11 +185,11 @@ async function issue(client: Client, aud: string, scope: string, entry: Entry, j
 /** By exactly one method (RFC 6749 §2.3). Returns the client, or throws why it is not accepted. */
 function authenticate(authorization: string | null, form: Form, entry: Entry) {
   const assertion = form.get("client_assertion") ?? form.get("client_assertion_type");
-  const methods = [authorization !== null, form.get("client_secret"), assertion].filter(Boolean);
   // Two Authorization fields arrive as one, joined by a comma.
-  if (methods.length > 1 || /, *[\w-]+ /.test(authorization ?? "")) {
-    throw new Refusal("invalid_request", "more than one way of client authentication");
-  }
+  const fields = authorization?.split(/, *(?=[\w-]+(?: |$))/) ?? [];
+  const methods = [...fields, form.get("client_secret"), assertion];
+  const [, second] = methods.filter((method) => method !== undefined);
+  if (second) throw new Refusal("invalid_request", "more than one way of client authentication");
   const named = form.get("client_id");
   const body = [assertion ? subjectOf(form) : named, form.get("client_secret")];
   const [client_id = "", secret = ""] = authorization ? basicCredentials(authorization) : body;
@@ -205,7 +203,9 @@ function authenticate(authorization: string | null, form: Form, entry: Entry) {
 function basicCredentials(authorization: string): [string, string] {
   const [, encoded] = /^Basic +(\S+)$/i.exec(authorization) ?? [];
   if (!encoded) throw new Error("no Basic credentials in Authorization");
-  return decodePair(utf8.decode(Uint8Array.fromBase64(encoded)), ":");
+  const credentials = utf8.decode(Uint8Array.fromBase64(encoded));
+  if (!credentials.includes(":")) throw new Error("no colon in Basic");
+  return decodePair(credentials, ":");
 }
 
 /** RFC 7523 §2.2. Whom an assertion names, before it is verified. */
@@ -220,7 +220,8 @@ function verifySecret(client: Client | undefined, secret: string): Client {
   if (secret.length < 32 && !isLoopback(new URL(issuer))) throw new Error("secret too short");
   const presented = Buffer.from(hash("sha256", secret, "base64"));
   let reason = client ? "wrong secret" : "unknown client";
-  for (const { sha256, expires_at = Infinity } of client?.client_secrets ?? noSecrets) {
+  const registered = client?.client_secrets?.length ? client.client_secrets : noSecrets;
+  for (const { sha256, expires_at = Infinity } of registered) {
     if (!timingSafeEqual(Buffer.from(sha256), presented)) continue;
     if (client && expires_at > secondsNow()) return client;
     reason = "expired secret";
@@ -341,8 +342,9 @@ async function openDatabase(): Promise<void> {
 
 /** Bun.SQL has no time limit for an answer; a database that is frozen must not hold a request. */
 async function answer<T>(query: Bun.SQL.Query<T>): Promise<T> {
-  const timer = setTimeout(() => query.cancel(), 2_000);
-  return await query.finally(() => clearTimeout(timer));
+  const { promise: late, reject } = Promise.withResolvers<never>();
+  const timer = setTimeout(() => reject(new Error("no answer of the database in 2 s")), 2_000);
+  return await Promise.race([query, late]).finally(() => clearTimeout(timer));
 }
 
 async function poll(): Promise<void> {
@@ -443,13 +445,11 @@ function route(request: Request, http: Bun.Server<undefined>): Response | Promis
   if (lifecycle.stopping) [noStore, cacheable].forEach((all) => all.set("connection", "close"));
   // Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT).
   const path = /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(request.url)?.[1] ?? "";
-  const { method } = request;
-  const isGet = method === "GET" || method === "HEAD";
   const document = documents.get(path);
-  if (document) return isGet ? document() : notAllowed("GET, HEAD");
-  if (path === "/connect/token")
-    return method === "POST" ? token(request, http) : notAllowed("POST");
-  return new Response("Not Found", { status: 404, headers: noStore });
+  if (document) return /^(GET|HEAD)$/.test(request.method) ? document() : notAllowed("GET, HEAD");
+  const isToken = path === "/connect/token";
+  if (!isToken) return new Response("Not Found", { status: 404, headers: noStore });
+  return request.method === "POST" ? token(request, http) : notAllowed("POST");
 }
 
 function notAllowed(allow: string): Response {
