@@ -190,7 +190,7 @@ export function log(event: string, details: Record<string, unknown>): void {
   if (env["LOG"] === "off") return;
   const entry = { time: new Date().toISOString(), event, ...details, ...(dropped && { dropped }) };
   const full = pending.length > 1_048_576;
-  if (!full) pending += `${JSON.stringify(entry)}\n`;
+  if (!full) pending += `${JSON.stringify(entry).replace(/[\x7f-\x9f\u2000-\u206f]/g, "?")}\n`;
   dropped = full ? dropped + 1 : 0;
   written ??= writeLog().finally(() => (written = undefined));
 }
