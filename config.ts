@@ -198,7 +198,7 @@ export function log(event: string, details: Record<string, unknown>): void {
 /** Writes the pending lines, now and then, until there are none. */
 async function writeLog(): Promise<void> {
   while (pending) {
-    await Bun.sleep(200);
+    await Bun.sleep(50);
     const text = pending;
     await new Promise((done) => process.stdout.write(text, done));
     pending = pending.slice(text.length);
