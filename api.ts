@@ -175,7 +175,7 @@ async function issuerKey(header: jose.JWTHeaderParameters, token: jose.Flattened
 
 /** Fetches the keys, once at a time and once per cool-down. Throws if there are none. */
 async function refreshKeys(): Promise<void> {
-  if (performance.now() - fetchedAt >= coolDownSeconds * 1000) {
+  if (!fetching && performance.now() - fetchedAt >= coolDownSeconds * 1000) {
     fetchedAt = performance.now();
     fetching = fetchKeys().finally(() => (fetching = undefined));
     fetching.catch(({ message: reason }: Error) => log("keys not fetched", { reason }));
@@ -192,15 +192,17 @@ async function fetchKeys(): Promise<void> {
   // RFC 8414 §3.3: the issuer must be identical to the one that was asked; §2: https.
   if (named !== issuer) throw new Error("metadata of another issuer");
   requireOrigin("jwks_uri", new URL(jwks_uri).origin);
-  const text = await boundedFetch(jwks_uri, { signal }, maxBytes - metadata.length).then(textOf);
-  const all: (jose.JWK | null)[] = JSON.parse(text).keys;
-  const usable = all.filter((jwk) => jwk?.kid && /^(EC|RSA|OKP|AKP)$/.test(`${jwk.kty}`));
+  const rest = maxBytes - Buffer.byteLength(metadata);
+  const text = await boundedFetch(jwks_uri, { signal }, rest).then(textOf);
+  const usable: jose.JWK[] = JSON.parse(text).keys.filter(isUsable);
   if (!usable.length) throw new Error("no usable key in the JWK Set");
   if (Bun.deepEquals(usable, keys)) return;
-  keys = usable as jose.JWK[];
+  keys = usable;
   keySet = jose.createLocalJWKSet({ keys });
   remembered.clear();
 }
+
+const isUsable = (jwk?: jose.JWK) => isText(jwk?.kid) && /^(EC|RSA|OKP|AKP)$/.test(`${jwk?.kty}`);
 
 const textOf = (answer: Response) =>
   answer.status === 200 ? answer.text() : Promise.reject(new Error(`status ${answer.status}`));
@@ -222,7 +224,7 @@ function route(request: Request): Answer {
 }
 
 /** Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT). */
-const pathOf = ({ url }: Request) => /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(url)?.[1] ?? "";
+const pathOf = ({ url }: Request) => /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(url)![1]!;
 
 function reply(text: string, status = 200, more: Record<string, string> = {}): Response {
   const headers = status === 200 ? json : { "cache-control": "no-store", ...more };
@@ -280,7 +282,7 @@ function refusal(error: Error, request: Request, http: Bun.Server<undefined>, st
   const needed = details.scope ? `, scope="${details.scope}"` : "";
   const why = `error="${code}", error_description="${text}"${needed}, `;
   const used = /^dpop/i.test(request.headers.get("authorization") ?? "") ? "DPoP " : "Bearer ";
-  const told = code === "no_credentials" ? challenges : challenges.replace(used, `$&${why}`);
+  const told = code === "no_credentials" ? challenges : challenges.replace(used, () => used + why);
   return reply(text, status, { "www-authenticate": told });
 }
 

@@ -444,7 +444,7 @@ const documents = new Map([
 function route(request: Request, http: Bun.Server<undefined>): Response | Promise<Response> {
   if (lifecycle.stopping) [noStore, cacheable].forEach((all) => all.set("connection", "close"));
   // Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT).
-  const path = /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(request.url)?.[1] ?? "";
+  const path = /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(request.url)![1]!;
   const document = documents.get(path);
   if (document) return /^(GET|HEAD)$/.test(request.method) ? document() : notAllowed("GET, HEAD");
   const isToken = path === "/connect/token";
