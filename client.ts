@@ -15,13 +15,9 @@ import { boundedFetch, client, fail, requireOrigin } from "./config.ts";
 // --- Data ----------------------------------------------------------------------------------------
 
 const { issuer, resource, client_id, client_secret, scope, keyFile, dpop } = client;
-const newKeyFile = "keys/client.jwk";
 
 /** RFC 6749 §5.1, as far as a call needs it. */
-interface TokenResponse {
-  access_token: string;
-  token_type: string;
-}
+type TokenResponse = Record<"access_token" | "token_type", string>;
 
 /** What to try, by the code of an error. */
 const hints: [RegExp, string][] = [
@@ -37,14 +33,15 @@ const hints: [RegExp, string][] = [
 
 /** Discovers, requests a token, calls the API; prints what came back. Throws one-line Errors. */
 export async function run(): Promise<void> {
-  requireOrigin("ISSUER", issuer);
-  requireOrigin("API_URL", resource);
   console.error(`Requesting a token for ${client_id} from ${issuer}`);
   const token = await accessToken();
   print(token);
-  const header = jose.decodeProtectedHeader(token.access_token);
-  const claims = jose.decodeJwt(token.access_token);
-  print({ header, claims });
+  try {
+    const header = jose.decodeProtectedHeader(token.access_token);
+    print({ header, claims: jose.decodeJwt(token.access_token) });
+  } catch {
+    throw failure("Decoding the token", issuer, "it is no JWT");
+  }
   const url = `${resource}/identity`;
   console.error(`Calling ${url}`);
   print(await accepted("The call", url, await apiFetch(url)));
@@ -71,7 +68,8 @@ async function requestToken(): Promise<TokenResponse> {
   const token = await accepted("The token request", url, answer);
   // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
   const isAsked = `${token["token_type"]}`.toLowerCase() === (dpop ? "dpop" : "bearer");
-  const isToken = /^[\w.~+/-]+=*$/.test(`${token["access_token"] ?? ""}`); // RFC 6750 §2.1
+  const { access_token } = token;
+  const isToken = typeof access_token === "string" && /^[\w.~+/-]+=*$/.test(access_token);
   if (!isAsked || !isToken) throw failure("The token request", url, "no usable token");
   // A minute before it expires, or half-way if its life is short; without expires_in at once.
   const lifetime = Number(token["expires_in"]) || 0;
@@ -103,16 +101,16 @@ export async function apiFetch(url: string, init: RequestInit = {}): Promise<Res
   const answer = await call(url, init, await used);
   const challenge = answer.headers.get("www-authenticate") ?? "";
   const rejected = answer.status === 401 && challenge.includes('error="invalid_token"');
-  if (!rejected || init.body instanceof ReadableStream) return answer;
+  if (!rejected) return answer;
   if (used === current) renewAt = 0; // else somebody renewed it meanwhile
+  if (Symbol.asyncIterator in Object(init.body)) return answer; // a stream is used up
   return await call(url, init, await accessToken());
 }
 
 async function call(url: string, init: RequestInit, { token_type, access_token }: TokenResponse) {
   const headers = new Headers(init.headers);
   headers.set("authorization", `${token_type} ${access_token}`);
-  const { method } = new Request(url, { method: init.method ?? "GET" }); // get becomes GET
-  await prove(headers, method, url, access_token);
+  await prove(headers, (init.method ?? "GET").toUpperCase(), url, access_token);
   return await send("The call", url, { ...init, headers });
 }
 
@@ -158,13 +156,15 @@ async function makeKey(): Promise<void> {
   const { d, ...jwk } = { ...(await jose.exportJWK(privateKey)), alg: "ES256" };
   const kid = await jose.calculateJwkThumbprint(jwk);
   mkdirSync("keys", { recursive: true, mode: 0o700 });
-  writeFileSync(newKeyFile, JSON.stringify({ ...jwk, kid, d }), { mode: 0o600, flag: "wx" });
+  writeFileSync("keys/client.jwk", JSON.stringify({ ...jwk, kid, d }), { mode: 0o600, flag: "wx" });
   console.log(JSON.stringify({ ...jwk, kid }));
 }
 
 // --- Requests and messages -----------------------------------------------------------------------
 
 async function send(what: string, url: string, init: RequestInit): Promise<Response> {
+  requireOrigin("ISSUER", issuer);
+  requireOrigin("API_URL", resource);
   const deadline = AbortSignal.timeout(10_000);
   const signal = AbortSignal.any([deadline, init.signal ?? deadline]);
   return await boundedFetch(url, { ...init, signal }, 1_048_576).catch(({ message, code }) => {
@@ -174,7 +174,7 @@ async function send(what: string, url: string, init: RequestInit): Promise<Respo
 
 /** The members of a successful answer (RFC 6749 §5.1, RFC 8414 §3.2). Throws what another says. */
 async function accepted(what: string, url: string, answer: Response) {
-  const members = Object(await answer.json().catch(() => ({}))) as Record<string, unknown>;
+  const members = Object(await answer.json().catch(() => {})) as Record<string, unknown>;
   if (answer.status === 200) return members;
   const challenge = answer.headers.get("www-authenticate") ?? "";
   const { error, error_description = "" } = members;
