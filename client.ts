@@ -22,7 +22,7 @@ type TokenResponse = Record<"access_token" | "token_type", string>;
 /** What to try, by the code of an error. */
 const hints: [RegExp, string][] = [
   [/ECONNREFUSED/, "Is it running? `bun start` starts everything."],
-  [/CERT|SIGNATURE/, "Start all three in one directory, or set NODE_EXTRA_CA_CERTS."],
+  [/CERT|SIGN|OpenSocket/, "Start all in one directory, or set TLS_CERT or NODE_EXTRA_CA_CERTS."],
   [/invalid_client/, "Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY."],
   [/invalid_scope/, "Check SCOPE against the registration of the client."],
   [/invalid_dpop_proof/, "Set DPOP=1 if the client is registered for bound tokens."],

@@ -96,12 +96,11 @@ export const isLoopback = (url: URL) => /^(localhost|127(\.\d+){3}|\[::1\])$/.te
 
 /** Options for Bun.serve: at `origin`, or in plain http at ISSUER_LISTEN or API_LISTEN. */
 export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
-  const listen = env[`${name}_LISTEN`] ?? "";
-  const url = listen ? URL.parse(`http://${listen}`) : origin;
-  if (!url || !/^([^/?#@]+:\d+)?$/.test(listen)) throw new Error(`${name}_LISTEN: use host:port`);
-  const hostname = url.hostname.replace(/^\[|\]$/g, "");
+  const bind = env[`${name}_LISTEN`] ?? "";
+  const url = bind ? URL.parse(`http://${bind}`) : origin;
+  if (!url || !/^([^/?#@\\]+:\d+)?$/.test(bind)) throw new Error(`${name}_LISTEN: use host:port`);
   const port = Number(url.port || (url.protocol === "https:" ? 443 : 80));
-  const options = { hostname, port, reusePort: env["REUSE_PORT"] === "1" };
+  const options = { hostname: url.hostname, port, reusePort: env["REUSE_PORT"] === "1" };
   if (url.protocol === "http:") return options;
   if (env["TLS_CERT"] || isLoopback(origin)) return { ...options, tls: await certificate() };
   throw new Error(`${origin.origin} needs TLS_CERT and TLS_KEY, or ${name}_LISTEN behind a proxy`);
@@ -164,17 +163,19 @@ export function fail({ message, code = "" }: Error & { code?: string }): never {
   process.exit(1);
 }
 
-export const lifecycle = { stopping: false };
+/** The shared header fields of answers, which close the connection while the server stops. */
+export const lifecycle = { stopping: false, answers: [] as Headers[] };
 
 /** Stops gracefully on SIGTERM or SIGINT, at once on a second one. */
 export function stopOnSignal(server: Bun.Server<undefined>, close = async () => {}): void {
   const stop = async () => {
     if (lifecycle.stopping) process.exit(1);
     lifecycle.stopping = true;
+    for (const fields of lifecycle.answers) fields.set("connection", "close");
     await Bun.sleep(500); // answers carry `Connection: close`, so that callers come back elsewhere
     await Promise.race([server.stop(), Bun.sleep(5_000)]);
     await close();
-    await Promise.race([written, Bun.sleep(1_000)]);
+    for (let tries = 0; timer && tries < 20; tries++) await Bun.sleep(50);
     process.exit(0);
   };
   process.on("SIGTERM", stop).on("SIGINT", stop);
@@ -182,25 +183,23 @@ export function stopOnSignal(server: Bun.Server<undefined>, close = async () => 
 
 let pending = "";
 let dropped = 0;
-let written: Promise<void> | undefined;
+let timer: Timer | undefined;
 process.stdout.on("error", () => {}); // a closed stdout ends no server
 
 /** Writes a line of JSON to stdout, soon. Request data in it must be bounded by the caller. */
 export function log(event: string, details: Record<string, unknown>): void {
   if (env["LOG"] === "off") return;
   const entry = { time: new Date().toISOString(), event, ...details, ...(dropped && { dropped }) };
-  const full = pending.length > 1_048_576;
-  if (!full) pending += `${JSON.stringify(entry).replace(/[\x7f-\x9f\u2000-\u206f]/g, "?")}\n`;
+  const line = `${JSON.stringify(entry).replace(/[\x7f-\x9f\u2000-\u206f]/g, "?")}\n`;
+  const full = pending.length + line.length > 1_048_576;
+  if (!full) pending += line;
   dropped = full ? dropped + 1 : 0;
-  written ??= writeLog().finally(() => (written = undefined));
+  timer ??= setTimeout(writeLog, 50);
 }
 
-/** Writes the pending lines, now and then, until there are none. */
 async function writeLog(): Promise<void> {
-  while (pending) {
-    await Bun.sleep(50);
-    const text = pending;
-    await new Promise((done) => process.stdout.write(text, done));
-    pending = pending.slice(text.length);
-  }
+  const text = pending;
+  await new Promise((done) => process.stdout.write(text, done));
+  pending = pending.slice(text.length);
+  timer = pending ? setTimeout(writeLog, 50) : undefined;
 }

@@ -44,6 +44,7 @@ const privateMembers = "d p q dp dq qi oth k priv".split(" ");
 const publicMembers = "kty crv x y n e pub".split(" ");
 const noStore = new Headers({ "cache-control": "no-store", pragma: "no-cache" }); // RFC 6749 §5.1
 const cacheable = new Headers({ "cache-control": `public, max-age=${delays.maxAgeSeconds}` });
+lifecycle.answers.push(noStore, cacheable);
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const secondsNow = () => Math.floor(Date.now() / 1000);
 
@@ -442,7 +443,6 @@ const documents = new Map([
 ]);
 
 function route(request: Request, http: Bun.Server<undefined>): Response | Promise<Response> {
-  if (lifecycle.stopping) [noStore, cacheable].forEach((all) => all.set("connection", "close"));
   // Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT).
   const path = /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(request.url)![1]!;
   const document = documents.get(path);
@@ -509,7 +509,7 @@ function register(client: ClientRegistration): void {
   const names = scope.split(" ");
   check(!names.some((name) => !resources.has(name)), `${field} scope is not in scopes`);
   check(!reservedClaims.some((name) => name in claims), `${field} claims has a reserved name`);
-  check(client_secrets.length || jwks, `${field} needs client_secrets or jwks`);
+  check(client_secrets.length || jwks?.keys.length, `${field} needs client_secrets or jwks`);
   const hashed = client_secrets.every(({ sha256 }) => /^[A-Za-z0-9+/]{43}=$/.test(sha256));
   check(hashed, `${field} client_secrets has what is not a SHA-256 in base64`);
   const secret = jwks?.keys.some((jwk) => privateMembers.some((name) => name in jwk));

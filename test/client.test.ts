@@ -1433,7 +1433,7 @@ describe("bun run client.ts", () => {
       expect(await client.ended()).toBe(1);
       expect(client.stderr).toEndWith(
         `\nerror: Discovery failed at ${env.ISSUER}${discovery}: DEPTH_ZERO_SELF_SIGNED_CERT ` +
-          "(Start all three in one directory, or set NODE_EXTRA_CA_CERTS.)\n",
+          "(Start all in one directory, or set TLS_CERT or NODE_EXTRA_CA_CERTS.)\n",
       );
       expect(received).toEqual([]);
     });

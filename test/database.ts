@@ -8,7 +8,7 @@ import { spyOn } from "bun:test";
 import { chownSync, existsSync, mkdirSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { authorizationServer } from "../config.ts";
-import { temporaryDirectory, withModule } from "./support.ts";
+import { freeOrigin, freePort, temporaryDirectory, withModule } from "./support.ts";
 
 export type Idp = typeof import("../idp.ts");
 export type Settings = Partial<typeof authorizationServer.signingKeys>;
@@ -22,24 +22,6 @@ export interface Row {
   signs_until: number;
   removed_at: number;
 }
-
-// --- Ports ---------------------------------------------------------------------------------------
-
-let lastPort = 20_000 + (process.pid % 1_000) * 10;
-
-/** A port below those that connections go out from, of which a load uses many. */
-export function freePort(): number {
-  for (;;) {
-    lastPort = lastPort < 32_000 ? lastPort + 1 : 20_000;
-    try {
-      const server = Bun.listen({ hostname: "127.0.0.1", port: lastPort, socket: { data() {} } });
-      server.stop(true);
-      return lastPort;
-    } catch {} // in use
-  }
-}
-
-export const freeOrigin = () => `http://127.0.0.1:${freePort()}`;
 
 // --- PostgreSQL ----------------------------------------------------------------------------------
 

@@ -6,17 +6,9 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import * as jose from "jose";
 import { authorizationServer } from "../config.ts";
-import {
-  boot,
-  canServe,
-  execute,
-  freeOrigin,
-  freshSchema,
-  PostgresServer,
-  postgresUrl,
-} from "./database.ts";
+import { boot, canServe, execute, freshSchema, PostgresServer, postgresUrl } from "./database.ts";
 import { type Row, sqlite, stopInstances, Table } from "./database.ts";
-import { cleanUp, eventually, launch, type Program } from "./support.ts";
+import { cleanUp, eventually, freeOrigin, launch, type Program } from "./support.ts";
 import { temporaryDirectory } from "./support.ts";
 
 /** More rounds and a longer load: SOAK=50. */

@@ -5,17 +5,9 @@ import { Database } from "bun:sqlite";
 import { chmodSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import * as jose from "jose";
-import {
-  boot,
-  freeOrigin,
-  freePort,
-  freshSchema,
-  type Idp,
-  postgresUrl,
-  type Row,
-} from "./database.ts";
+import { boot, freshSchema, type Idp, postgresUrl, type Row } from "./database.ts";
 import { type Settings, sqlite, stopInstances, stopPolls, Table } from "./database.ts";
-import { captureLog, cleanUp, eventually, Program } from "./support.ts";
+import { captureLog, cleanUp, eventually, freeOrigin, freePort, Program } from "./support.ts";
 import { root, temporaryDirectory, thumbprint, withinOneSecond } from "./support.ts";
 
 const day = 86_400;

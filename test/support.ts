@@ -22,12 +22,18 @@ export function temporaryDirectory(): string {
   return directory;
 }
 
-/** A port of the loopback interface that nobody listens on. */
+let lastPort = 10_000 + (process.pid % 20_000);
+
+/** A port that nobody listens on, below those that the system gives to outgoing connections. */
 export function freePort(): number {
-  const server = Bun.serve({ hostname: "127.0.0.1", port: 0, fetch: () => new Response() });
-  const { port } = server;
-  void server.stop(true);
-  return port!;
+  for (;;) {
+    lastPort = lastPort < 29_999 ? lastPort + 1 : 10_000;
+    try {
+      const socket = { data() {} };
+      Bun.listen({ hostname: "127.0.0.1", port: lastPort, socket }).stop(true);
+      return lastPort;
+    } catch {} // in use
+  }
 }
 
 export const freeOrigin = () => `http://127.0.0.1:${freePort()}`;

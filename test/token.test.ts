@@ -1552,7 +1552,8 @@ describe("routes", () => {
       const about = `Content-Type: ${formType}\r\nContent-Length: ${body.length}\r\n`;
       return exchange(origin, `${start} HTTP/1.1\r\nHost: ${name}\r\n${about}\r\n${body}`);
     };
-    lifecycle.stopping = true;
+    lifecycle.stopping = true; // and what else a signal does
+    for (const fields of lifecycle.answers) fields.set("connection", "close");
     try {
       const unavailable = await send("GET /health");
       expect(unavailable).toStartWith("HTTP/1.1 503 Service Unavailable\r\n");
@@ -1574,6 +1575,7 @@ describe("routes", () => {
       expect(statuses).toEqual(["503", "200", "200", "200", "400", "405", "404"]);
     } finally {
       lifecycle.stopping = false;
+      for (const fields of lifecycle.answers) fields.delete("connection");
     }
   });
 });
