@@ -61,7 +61,7 @@ export class Refusal extends Error {
 }
 
 /** What a step finds wrong is an Error: this makes it a Refusal with the code of the step. */
-const refuse = (code: keyof typeof errors) => (error: Error) => {
+const refuseAs = (code: keyof typeof errors) => (error: Error) => {
   throw error instanceof Refusal ? error : new Refusal(code, error.message);
 };
 
@@ -86,10 +86,10 @@ export function authorize(request: Request, scope: string): Claims | Promise<Cla
 async function validateCall(request: Request, scope: string, field: string, known?: Claims) {
   const { scheme, accessToken } = presentedToken(field);
   const before = keySet;
-  const claims = known ?? (await validateToken(accessToken).catch(refuse("invalid_token")));
+  const claims = known ?? (await validateToken(accessToken).catch(refuseAs("invalid_token")));
   const jkt = claims.cnf?.jkt;
   if (scheme !== (jkt ? "dpop" : "bearer")) throw new Refusal("invalid_token", "the other scheme");
-  if (jkt) await verifyProof(request, accessToken, jkt).catch(refuse("invalid_dpop_proof"));
+  if (jkt) await verifyProof(request, accessToken, jkt).catch(refuseAs("invalid_dpop_proof"));
   // Not if the keys changed meanwhile: the token may be of one that is gone.
   if (keySet === before && field.length <= 4_096) remembered.set(field, claims);
   if (remembered.size > 1_000) remembered.delete(remembered.keys().next().value!);
@@ -141,6 +141,7 @@ async function verifyProof(request: Request, accessToken: string, boundTo: strin
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti, ath } = payload;
   if (crit) throw new Error("crit in the header");
+  // jose lets an RSA key with p and q pass.
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
   // Both normalized, as RFC 3986 §6.2.2 and §6.2.3 say.
   const [target] = new URL(`${htu}`).href.split(/[?#]/);
@@ -180,7 +181,7 @@ async function refreshKeys(): Promise<void> {
     fetching = fetchKeys().finally(() => (fetching = undefined));
     fetching.catch(({ message: reason }: Error) => log("keys not fetched", { reason }));
   }
-  await fetching?.catch(refuse("temporarily_unavailable"));
+  await fetching?.catch(refuseAs("temporarily_unavailable"));
   if (!keySet) throw new Refusal("temporarily_unavailable", "no keys of the issuer yet");
 }
 
@@ -233,8 +234,24 @@ function reply(text: string, status = 200, more: Record<string, string> = {}): R
   return response;
 }
 
+/** The challenges of RFC 6750 §3 and RFC 9449 §7.1, the error at the scheme that was used. */
+function refusal(error: Error, request: Request, http: Bun.Server<undefined>, started: number) {
+  const known = error instanceof Refusal ? error : new Refusal("server_error", `${error.stack}`);
+  const { code, message, details } = known;
+  const entry = { address: http.requestIP(request)?.address, ...details, error: code };
+  const milliseconds = Math.round(performance.now() - started);
+  log("call refused", { ...entry, reason: message.slice(0, 2_000), milliseconds });
+  const [status, text] = errors[code];
+  if (status >= 500) return reply(text, status, { "retry-after": `${coolDownSeconds}` });
+  const needed = details.scope ? `, scope="${details.scope}"` : "";
+  const why = `error="${code}", error_description="${text}"${needed}, `;
+  const used = /^dpop/i.test(request.headers.get("authorization") ?? "") ? "DPoP " : "Bearer ";
+  const told = code === "no_credentials" ? challenges : challenges.replace(used, () => used + why);
+  return reply(text, status, { "www-authenticate": told });
+}
+
 function identity(request: Request): Answer {
-  const claims = authorize(request, "api1");
+  const claims = authorize(request, "api1"); // a copier changes the scope also in metadata()
   return claims instanceof Promise ? claims.then(show) : show(claims);
 }
 
@@ -266,24 +283,8 @@ function metadata(): Response {
 /** Whether this instance should get calls. One without keys looks for them. */
 function health(): Response {
   if (!keySet) refreshKeys().catch(() => {});
-  const ready = keySet && !lifecycle.stopping;
-  return ready ? reply('{"status":"ok"}') : reply('{"status":"unavailable"}', 503);
-}
-
-/** The challenges of RFC 6750 §3 and RFC 9449 §7.1, the error at the scheme that was used. */
-function refusal(error: Error, request: Request, http: Bun.Server<undefined>, started: number) {
-  const known = error instanceof Refusal ? error : new Refusal("server_error", `${error.stack}`);
-  const { code, message, details } = known;
-  const entry = { address: http.requestIP(request)?.address, ...details, error: code };
-  const milliseconds = Math.round(performance.now() - started);
-  log("call refused", { ...entry, reason: message.slice(0, 2_000), milliseconds });
-  const [status, text] = errors[code];
-  if (status >= 500) return reply(text, status, { "retry-after": `${coolDownSeconds}` });
-  const needed = details.scope ? `, scope="${details.scope}"` : "";
-  const why = `error="${code}", error_description="${text}"${needed}, `;
-  const used = /^dpop/i.test(request.headers.get("authorization") ?? "") ? "DPoP " : "Bearer ";
-  const told = code === "no_credentials" ? challenges : challenges.replace(used, () => used + why);
-  return reply(text, status, { "www-authenticate": told });
+  if (keySet && !lifecycle.stopping) return reply('{"status":"ok"}');
+  return reply('{"status":"unavailable"}', 503, { "content-type": "application/json" });
 }
 
 // --- Start ---------------------------------------------------------------------------------------

@@ -29,29 +29,29 @@ const hints: [RegExp, string][] = [
   [/insufficient_scope/, "Check SCOPE: the API requires another scope."],
 ];
 
-// --- The three steps -----------------------------------------------------------------------------
+// --- Discover, request, call ---------------------------------------------------------------------
 
 /** Discovers, requests a token, calls the API; prints what came back. Throws one-line Errors. */
 export async function run(): Promise<void> {
   console.error(`Requesting a token for ${client_id} from ${issuer}`);
-  const token = await accessToken();
-  print(token);
+  const response = await accessToken();
+  print(response);
   try {
-    const header = jose.decodeProtectedHeader(token.access_token);
-    print({ header, claims: jose.decodeJwt(token.access_token) });
+    const header = jose.decodeProtectedHeader(response.access_token);
+    print({ header, claims: jose.decodeJwt(response.access_token) });
   } catch {
     throw failure("Decoding the token", issuer, "it is no JWT");
   }
   const url = `${resource}/identity`;
   console.error(`Calling ${url}`);
-  print(await accepted("The call", url, await apiFetch(url)));
+  print(await membersOf("The call", url, await apiFetch(url)));
 }
 
 /** The token endpoint (RFC 8414 §3.3). */
 async function discover(): Promise<string> {
   const url = `${issuer}/.well-known/openid-configuration`;
   const answer = await send("Discovery", url, {});
-  const { issuer: named, token_endpoint } = await accepted("Discovery", url, answer);
+  const { issuer: named, token_endpoint } = await membersOf("Discovery", url, answer);
   const own = named === issuer && `${token_endpoint}`.startsWith(`${issuer}/`);
   if (!own) throw failure("Discovery", url, `this is not the metadata of ${issuer}`);
   return `${token_endpoint}`;
@@ -65,27 +65,27 @@ async function requestToken(): Promise<TokenResponse> {
   await authenticate(headers, body);
   await prove(headers, "POST", url);
   const answer = await send("The token request", url, { method: "POST", headers, body });
-  const token = await accepted("The token request", url, answer);
+  const response = await membersOf("The token request", url, answer);
   // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
-  const isAsked = `${token["token_type"]}`.toLowerCase() === (dpop ? "dpop" : "bearer");
-  const { access_token } = token;
+  const isAsked = `${response["token_type"]}`.toLowerCase() === (dpop ? "dpop" : "bearer");
+  const { access_token } = response;
   const isToken = typeof access_token === "string" && /^[\w.~+/-]+=*$/.test(access_token);
   if (!isAsked || !isToken) throw failure("The token request", url, "no usable token");
   // A minute before it expires, or half-way if its life is short; without expires_in at once.
-  const lifetime = Number(token["expires_in"]) || 0;
+  const lifetime = Number(response["expires_in"]) || 0;
   renewAt = started + 1000 * (lifetime - Math.min(60, lifetime / 2));
-  return token as unknown as TokenResponse;
+  return response as unknown as TokenResponse;
 }
 
 // --- What programs import ------------------------------------------------------------------------
 
 let current: Promise<TokenResponse> | undefined;
-let renewAt = 0;
+let renewAt = 0; // in milliseconds, as Date.now()
 
 /** The token that there is until shortly before it expires; then one new one for all who wait. */
 export function accessToken(): Promise<TokenResponse> {
   if (current && Date.now() < renewAt) return current;
-  renewAt = Infinity;
+  renewAt = Infinity; // while the request is under way all wait for it
   current = requestToken();
   current.catch(() => (renewAt = 0));
   return current;
@@ -140,29 +140,20 @@ async function clientAssertion(file: string): Promise<string> {
 }
 
 /** Adds a proof of possession for this request (RFC 9449 §4.2) if tokens are to be bound. */
-async function prove(headers: Headers, htm: string, url: string, token?: string): Promise<void> {
+async function prove(headers: Headers, htm: string, url: string, access_token?: string) {
   if (!proofKey) return;
   const [htu] = url.split(/[?#]/);
   const jwk = await jose.exportJWK(proofKey.publicKey);
-  const ath = token && Bun.SHA256.hash(token, "base64url");
+  const ath = access_token && Bun.SHA256.hash(access_token, "base64url");
   const proof = new jose.SignJWT({ htm, htu, jti: crypto.randomUUID(), ...(ath && { ath }) });
   proof.setIssuedAt().setProtectedHeader({ alg: "ES256", typ: "dpop+jwt", jwk });
   headers.set("dpop", await proof.sign(proofKey.privateKey));
 }
 
-/** Makes a key pair: the private JWK goes into a file, the public one to stdout for config.ts. */
-async function makeKey(): Promise<void> {
-  const { privateKey } = await jose.generateKeyPair("ES256", { extractable: true });
-  const { d, ...jwk } = { ...(await jose.exportJWK(privateKey)), alg: "ES256" };
-  const kid = await jose.calculateJwkThumbprint(jwk);
-  mkdirSync("keys", { recursive: true, mode: 0o700 });
-  writeFileSync("keys/client.jwk", JSON.stringify({ ...jwk, kid, d }), { mode: 0o600, flag: "wx" });
-  console.log(JSON.stringify({ ...jwk, kid }));
-}
-
 // --- Requests and messages -----------------------------------------------------------------------
 
 async function send(what: string, url: string, init: RequestInit): Promise<Response> {
+  // Here, for a program that imports this file has no start of its own.
   requireOrigin("ISSUER", issuer);
   requireOrigin("API_URL", resource);
   const deadline = AbortSignal.timeout(10_000);
@@ -172,8 +163,8 @@ async function send(what: string, url: string, init: RequestInit): Promise<Respo
   });
 }
 
-/** The members of a successful answer (RFC 6749 §5.1, RFC 8414 §3.2). Throws what another says. */
-async function accepted(what: string, url: string, answer: Response) {
+/** The members of a 200 (RFC 6749 §5.1, RFC 8414 §3.2). Throws the error of any other answer. */
+async function membersOf(what: string, url: string, answer: Response) {
   const members = Object(await answer.json().catch(() => {})) as Record<string, unknown>;
   if (answer.status === 200) return members;
   const challenge = answer.headers.get("www-authenticate") ?? "";
@@ -190,19 +181,31 @@ function failure(what: string, url: string, why: string, code?: unknown): Error 
 }
 
 /** What is not ASCII, as JSON escapes it: no text of a server plays tricks on a terminal. */
-const printable = (text: string) => text.replace(/[^ -~]/g, escape);
-const escape = (unit: string) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`;
+const printable = (text: string) => text.replace(/[^ -~]/g, escapeUnit);
+const escapeUnit = (unit: string) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`;
 
 const print = (value: unknown) =>
   console.log(JSON.stringify(value, null, 2).split("\n").map(printable).join("\n"));
 
-/** Waits until a server answers, for the seconds that it may need to start. */
+// --- Start ---------------------------------------------------------------------------------------
+
+/** Waits until a server answers, for the some 20 s that it may need to start. */
 async function untilUp(url: string): Promise<void> {
   for (let tries = 0; tries < 200; tries++) {
-    const problem = await send("Waiting", url, {}).catch((error: Error) => error.message);
-    if (!`${problem}`.includes("ECONNREFUSED")) return;
+    const problem = await send("Waiting", url, {}).then(() => "", String);
+    if (!problem.includes("ECONNREFUSED")) return;
     await Bun.sleep(100);
   }
+}
+
+/** Makes a key pair: the private JWK goes into a file, the public one to stdout for config.ts. */
+async function makeKey(): Promise<void> {
+  const { privateKey, publicKey } = await jose.generateKeyPair("ES256", { extractable: true });
+  const jwk = await jose.exportJWK(privateKey);
+  const ids = { alg: "ES256", kid: await jose.calculateJwkThumbprint(jwk) };
+  mkdirSync("keys", { recursive: true, mode: 0o700 });
+  writeFileSync("keys/client.jwk", JSON.stringify({ ...jwk, ...ids }), { mode: 0o600, flag: "wx" });
+  console.log(JSON.stringify({ ...(await jose.exportJWK(publicKey)), ...ids }));
 }
 
 if (import.meta.main) {

@@ -10,7 +10,7 @@ import type { JWK } from "jose";
 
 // --- Data ----------------------------------------------------------------------------------------
 
-/** A client that is registered, with the names of RFC 7591 §2 and RFC 9449 §5.2. */
+/** A client that is registered: RFC 7591 §2, RFC 9449 §5.2, and names of our own. */
 export interface ClientRegistration {
   client_id: string;
   /** SHA-256 in base64, several while a secret is changed; `expires_at` in seconds since 1970. */
@@ -29,7 +29,10 @@ const { env } = process;
 const issuer = env["ISSUER"] || "https://localhost:5001";
 const resource = env["API_URL"] || "https://localhost:6001";
 
-/** How soon a change of the keys is known: to all instances, to caches, and to the APIs. */
+/**
+ * How soon a change of the keys is known: to all instances, to caches, and to the APIs; and how
+ * long an API waits before it fetches them again for a token of an unknown key.
+ */
 const keyTimes = { pollSeconds: 10, maxAgeSeconds: 60, refreshSeconds: 300, coolDownSeconds: 5 };
 
 /** Signature algorithms accepted from others, asymmetric ones only. */
@@ -99,6 +102,7 @@ export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
   const bind = env[`${name}_LISTEN`] ?? "";
   const url = bind ? URL.parse(`http://${bind}`) : origin;
   if (!url || !/^([^/?#@\\]+:\d+)?$/.test(bind)) throw new Error(`${name}_LISTEN: use host:port`);
+  // A URL drops a port that is the default.
   const port = Number(url.port || (url.protocol === "https:" ? 443 : 80));
   const options = { hostname: url.hostname, port, reusePort: env["REUSE_PORT"] === "1" };
   if (url.protocol === "http:") return options;
@@ -119,13 +123,13 @@ async function certificate(): Promise<{ key: string; cert: string }> {
     // link() never overwrites: the three programs may start at the same instant.
     if (made) await promises.link(draft, file).catch(() => {});
     rmSync(draft);
-    if (!made) throw new Error(`openssl ${openssl ? "failed" : "is missing"}: ${waysOn}`);
+    if (!made) throw new Error(`openssl ${openssl ? "failed" : "is missing"}: ${remedies}`);
   }
   const pem = readFileSync(file, "utf8");
   return { key: pem, cert: pem };
 }
 
-const waysOn = "install it, set TLS_CERT and TLS_KEY, or use http on a loopback host";
+const remedies = "install it, set TLS_CERT and TLS_KEY, or use http on a loopback host";
 const selfSigned = `req -x509 -days 3650 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -subj
   /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout`.split(/\s+/);
 
@@ -186,10 +190,11 @@ let dropped = 0;
 let timer: Timer | undefined;
 process.stdout.on("error", () => {}); // a closed stdout ends no server
 
-/** Writes a line of JSON to stdout, soon. Request data in it must be bounded by the caller. */
+/** Writes a line of JSON to stdout within 50 ms. The caller must bound request data in it. */
 export function log(event: string, details: Record<string, unknown>): void {
   if (env["LOG"] === "off") return;
   const entry = { time: new Date().toISOString(), event, ...details, ...(dropped && { dropped }) };
+  // What JSON leaves as it is, but ends a line or moves a cursor somewhere.
   const line = `${JSON.stringify(entry).replace(/[\x7f-\x9f\u2000-\u206f]/g, "?")}\n`;
   const full = pending.length + line.length > 1_048_576;
   if (!full) pending += line;

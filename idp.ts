@@ -23,6 +23,7 @@ import { lifecycle, listenOptions, log, requireOrigin, stopOnSignal } from "./co
 
 type Form = Map<string, string>;
 type KeySet = ReturnType<typeof jose.createLocalJWKSet> | undefined;
+/** `scopesAt`: the scopes that it may have, by resource. */
 type Client = ClientRegistration & { scopesAt: Map<string, string[]>; jwkSet: KeySet };
 type Entry = Record<string, unknown>;
 
@@ -35,10 +36,10 @@ const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // R
 const leewaySeconds = 30;
 const assertionMaxSeconds = 600;
 const proofMaxAgeSeconds = 90;
-// prettier-ignore
-const parameters = ["grant_type", "scope", "resource", "client_id", "client_secret",
-  "client_assertion", "client_assertion_type"];
-const noSecrets: { sha256: string; expires_at?: number }[] = [{ sha256: "".padEnd(44) }];
+const parameters = `grant_type scope resource client_id client_secret
+  client_assertion client_assertion_type`.split(/\s+/);
+/** For unknown clients: as long as a SHA-256 in base64, and equal to none. */
+const dummySecrets: { sha256: string; expires_at?: number }[] = [{ sha256: "".padEnd(44) }];
 const reservedClaims = "iss sub aud exp nbf iat jti client_id scope cnf".split(" ");
 const privateMembers = "d p q dp dq qi oth k priv".split(" ");
 const publicMembers = "kty crv x y n e pub".split(" ");
@@ -54,7 +55,10 @@ const clients = new Map<string, Client>();
 
 // --- Errors --------------------------------------------------------------------------------------
 
-/** RFC 6749 §5.2: each code with its status and a constant text. The reason goes to the log. */
+/**
+ * RFC 6749 §5.2, RFC 8707 §2, RFC 9449 §5, and two for failures of our own: each code with its
+ * status and a constant text. The reason goes to the log.
+ */
 const errors = {
   invalid_request: [400, "The request is malformed, repeats a parameter or authenticates twice."],
   invalid_client: [401, "Client authentication failed. The log of the server has the reason."],
@@ -87,20 +91,21 @@ function unavailable(reason: string): never {
 async function token(request: Request, http: Bun.Server<undefined>): Promise<Response> {
   const started = performance.now();
   const entry: Entry = { address: http.requestIP(request)?.address };
-  let step: keyof typeof errors = "invalid_request"; // the code for an Error that is no Refusal
+  let fallback: keyof typeof errors = "invalid_request"; // the code of an Error that is no Refusal
   try {
     const form = parseForm(request.headers.get("content-type"), await request.text());
-    step = "invalid_client";
+    fallback = "invalid_client";
     const client = await authenticate(request.headers.get("authorization"), form, entry);
     checkGrantType(client, form.get("grant_type"));
-    step = "invalid_dpop_proof";
-    const proof = request.headers.get("dpop") ?? (client.dpop_bound_access_tokens ? "" : undefined);
-    const jkt = proof === undefined ? undefined : await proofThumbprint(proof);
+    fallback = "invalid_dpop_proof";
+    const proof = request.headers.get("dpop");
+    const isBound = proof !== null || client.dpop_bound_access_tokens;
+    const jkt = isBound ? await proofThumbprint(proof ?? "") : undefined;
+    fallback = "server_error";
     const { aud, scope } = grantScope(client, form);
-    step = "server_error";
     return Response.json(await issue(client, aud, scope, entry, jkt), { headers: noStore });
   } catch (error) {
-    const code = error instanceof Refusal ? error.code : step;
+    const code = error instanceof Refusal ? error.code : fallback;
     Object.assign(entry, { error: code, reason: (error as Error).message.slice(0, 2_000) });
     const [status, error_description] = errors[code];
     const headers = new Headers(noStore);
@@ -127,18 +132,18 @@ function parseForm(contentType: string | null, body: string): Form {
     // Several resources become one with a space in it: unknown, hence invalid_target (RFC 8707 §2).
     form.set(name, other === undefined ? value : `${other} ${value}`);
   }
+  // Only now, for also an empty one must not be repeated.
   for (const [name, value] of form) if (!value) form.delete(name);
   return form;
 }
 
 /** Both halves, form-decoded (RFC 6749 Appendix B). Throws for what is malformed, and for NUL. */
 function decodePair(text: string, separator: string): [string, string] {
-  const at = `${text}${separator}`.indexOf(separator);
-  return [formDecode(text.slice(0, at)), formDecode(text.slice(at + 1))];
+  const [first = "", ...rest] = text.split(separator);
+  return [formDecode(first), formDecode(rest.join(separator))];
 }
 
 function formDecode(text: string): string {
-  if (!/[%+\0]/.test(text)) return text;
   const decoded = decodeURIComponent(text.replaceAll("+", " "));
   if (decoded.includes("\0")) throw new Error("NUL in a parameter");
   return decoded;
@@ -157,12 +162,13 @@ function grantScope({ scopesAt }: Client, form: Form) {
   const requested = form.get("scope")?.split(" ");
   // Choice (§3.3): without a scope, all that the client has at the resource; it must be only one.
   const only = scopesAt.size === 1 ? [...scopesAt.keys()][0] : undefined;
+  // The first scope names the resource; all others must belong to it.
   const aud = named ?? (requested ? resources.get(requested[0]!) : only) ?? "";
   const granted = scopesAt.get(aud) ?? [];
-  const scopes = [...new Set(requested ?? granted)];
-  const all = scopes.length > 0 && scopes.every((name) => granted.includes(name));
+  const names = [...new Set(requested ?? granted)];
+  const all = names.length > 0 && names.every((name) => granted.includes(name));
   if (!all) throw new Refusal("invalid_scope", "unknown, not granted or of several resources");
-  return { aud, scope: scopes.join(" ") };
+  return { aud, scope: names.join(" ") };
 }
 
 /** The answer (RFC 6749 §5.1) with a signed access token (RFC 9068 §2). */
@@ -170,11 +176,12 @@ async function issue(client: Client, aud: string, scope: string, entry: Entry, j
   const { client_id, access_token_lifetime_seconds } = client;
   const iat = secondsNow();
   const { alg, kid, privateKey, removed_at } = signingKey(iat) ?? unavailable("no signing key");
+  // Once the key is gone, nobody can verify the token.
   const exp = Math.min(iat + access_token_lifetime_seconds, removed_at);
   const jti = crypto.randomUUID();
   const claims = { iss: issuer, sub: client_id, aud, client_id, scope, iat, nbf: iat, exp, jti };
-  const all = { ...claims, ...(jkt && { cnf: { jkt } }), ...client.claims };
-  const jws = new jose.CompactSign(Buffer.from(JSON.stringify(all)));
+  const allClaims = { ...claims, ...(jkt && { cnf: { jkt } }), ...client.claims };
+  const jws = new jose.CompactSign(Buffer.from(JSON.stringify(allClaims)));
   jws.setProtectedHeader({ alg, kid, typ: "at+jwt" });
   const access_token = await jws.sign(privateKey);
   Object.assign(entry, { scope, kid, jti });
@@ -188,15 +195,16 @@ function authenticate(authorization: string | null, form: Form, entry: Entry) {
   const assertion = form.get("client_assertion") ?? form.get("client_assertion_type");
   // Two Authorization fields arrive as one, joined by a comma.
   const fields = authorization?.split(/, *(?=[\w-]+(?: |$))/) ?? [];
-  const methods = [...fields, form.get("client_secret"), assertion];
-  const [, second] = methods.filter((method) => method !== undefined);
-  if (second) throw new Refusal("invalid_request", "more than one way of client authentication");
+  // Half of an assertion counts too.
+  const ways = [...fields, form.get("client_secret"), assertion].filter((way) => way !== undefined);
+  if (ways.length > 1) throw new Refusal("invalid_request", "authenticates in more than one way");
   const named = form.get("client_id");
-  const body = [assertion ? subjectOf(form) : named, form.get("client_secret")];
-  const [client_id = "", secret = ""] = authorization ? basicCredentials(authorization) : body;
-  entry["client_id"] = client_id.slice(0, 200);
-  if ((named ?? client_id) !== client_id) throw new Refusal("invalid_request", "two client ids");
+  const inForm = [assertion ? subjectOf(form) : named, form.get("client_secret")];
+  const [client_id = "", secret = ""] = authorization ? basicCredentials(authorization) : inForm;
   const client = clients.get(client_id);
+  // Of an unknown one only the start is logged, for it may be a secret in the wrong place.
+  entry["client_id"] = client?.client_id ?? client_id.slice(0, 8);
+  if ((named ?? client_id) !== client_id) throw new Refusal("invalid_request", "two client ids");
   return assertion ? verifyAssertion(client, assertion) : verifySecret(client, secret);
 }
 
@@ -218,10 +226,12 @@ function subjectOf(form: Form): string {
 /** Compares by SHA-256, in constant time, and does so for unknown clients too. */
 function verifySecret(client: Client | undefined, secret: string): Client {
   if (!secret) throw new Error("no credentials");
+  // RFC 6749 §2.3.1: "MUST protect any endpoint utilizing it against brute force attacks".
+  // Choice: no throttle, for any locks somebody out; a public issuer takes no weak secret instead.
   if (secret.length < 32 && !isLoopback(new URL(issuer))) throw new Error("secret too short");
   const presented = Buffer.from(hash("sha256", secret, "base64"));
   let reason = client ? "wrong secret" : "unknown client";
-  const registered = client?.client_secrets?.length ? client.client_secrets : noSecrets;
+  const registered = client?.client_secrets?.length ? client.client_secrets : dummySecrets;
   for (const { sha256, expires_at = Infinity } of registered) {
     if (!timingSafeEqual(Buffer.from(sha256), presented)) continue;
     if (client && expires_at > secondsNow()) return client;
@@ -258,12 +268,16 @@ async function verifyAssertion(client: Client | undefined, assertion: string): P
 
 // --- Proof of possession -------------------------------------------------------------------------
 
-/** RFC 9449 §4.3. The thumbprint of the key that a proof shows the client to have. */
+/**
+ * RFC 9449 §4.3. The thumbprint of the key that a proof shows the client to have. The API checks
+ * proofs with code of its own: the two share nothing but HTTP.
+ */
 async function proofThumbprint(proof: string): Promise<string> {
   const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, proofRules);
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti } = payload;
   if (crit) throw new Error("crit in the header");
+  // jose lets an RSA key with p and q pass.
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
   const [target] = new URL(`${htu}`).href.split(/[?#]/); // normalized: RFC 3986 §6.2.2 and §6.2.3
   if (htm !== "POST" || target !== tokenEndpoint) throw new Error("for another request");
@@ -277,10 +291,10 @@ async function proofThumbprint(proof: string): Promise<string> {
 // --- Signing keys --------------------------------------------------------------------------------
 
 /** A row of the table: a private JWK, in clear or sealed, and the dates that it was made with. */
-type Row = Record<"alg" | "kid" | "jwk", string> & Record<(typeof bigints)[number], number>;
+type Row = Record<"alg" | "kid" | "jwk", string> & Record<(typeof bigintColumns)[number], number>;
 type SigningKey = Row & { privateKey: jose.CryptoKey; publicJwk: jose.JWK };
 
-const bigints = ["generation", "signs_from", "signs_until", "removed_at"] as const;
+const bigintColumns = ["generation", "signs_from", "signs_until", "removed_at"] as const;
 const pragma = "PRAGMA busy_timeout = 1000; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL";
 const tables = `
   CREATE TABLE IF NOT EXISTS signing_keys (
@@ -289,13 +303,13 @@ const tables = `
   CREATE TABLE IF NOT EXISTS used_jtis (id TEXT PRIMARY KEY, expires_at BIGINT NOT NULL);
   CREATE INDEX IF NOT EXISTS used_jtis_expires_at ON used_jtis (expires_at)`;
 const [, sqliteFile] = /^sqlite:(?:\/\/)?([^?]+)/.exec(databaseUrl) ?? [];
-const words = authorizationServer.keyEncryptionSecret.split(",").filter(Boolean);
-const seals = words.filter((word) => word !== "none").map((s) => Buffer.from(s, "base64url"));
+const secrets = authorizationServer.keyEncryptionSecret.split(",").filter(Boolean);
+const seals = secrets.filter((word) => word !== "none").map((s) => Buffer.from(s, "base64url"));
 
 let sql: Bun.SQL;
 let keys: SigningKey[] = [];
 let healthy = true;
-let timer: Timer | undefined;
+let polling: Timer | undefined; // once the server has started
 
 /** The key that signs at `at`: the one whose period holds, else the one whose period comes next. */
 export function signingKey(at: number): SigningKey | undefined {
@@ -312,7 +326,7 @@ async function useOnce(holder: string[], jti: unknown, expires_at: number): Prom
   if (typeof jti !== "string" || !jti) throw new Error("no jti");
   const id = hash("sha256", JSON.stringify([...holder, jti]), "base64url");
   const row = sql({ id, expires_at: Math.ceil(expires_at) });
-  const insert = answer(sql`INSERT INTO used_jtis ${row} ON CONFLICT DO NOTHING`);
+  const insert = inTime(sql`INSERT INTO used_jtis ${row} ON CONFLICT DO NOTHING`);
   const { count } = await insert.catch(({ message }) => unavailable(message));
   if (count !== 1) throw new Error("jti used before");
 }
@@ -327,8 +341,8 @@ async function openDatabase(): Promise<void> {
       }
       sql ??= new Bun.SQL(databaseUrl);
       if (sqliteFile) await sql.unsafe(pragma);
-      const probe = answer(sql`SELECT 1 FROM signing_keys, used_jtis LIMIT 1`);
-      await probe.catch(() => answer(sql.unsafe(tables)));
+      const probe = inTime(sql`SELECT 1 FROM signing_keys, used_jtis LIMIT 1`);
+      await probe.catch(() => inTime(sql.unsafe(tables)));
       await refresh();
       break;
     } catch (error) {
@@ -338,14 +352,14 @@ async function openDatabase(): Promise<void> {
       if (isOver) throw new Error(`Cannot use the database: ${message}`);
     }
   }
-  timer = setInterval(poll, delays.pollSeconds * 1000);
+  polling = setInterval(poll, delays.pollSeconds * 1000);
 }
 
 /** Bun.SQL has no time limit for an answer; a database that is frozen must not hold a request. */
-async function answer<T>(query: Bun.SQL.Query<T>): Promise<T> {
+async function inTime<T>(query: Bun.SQL.Query<T>): Promise<T> {
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const timer = setTimeout(() => reject(new Error("no answer of the database in 2 s")), 2_000);
-  return await Promise.race([query, late]).finally(() => clearTimeout(timer));
+  const timeout = setTimeout(() => reject(new Error("no answer of the database in 2 s")), 2_000);
+  return await Promise.race([query, late]).finally(() => clearTimeout(timeout));
 }
 
 async function poll(): Promise<void> {
@@ -367,24 +381,26 @@ export async function refresh(at = secondsNow()): Promise<void> {
   let rows = await load();
   const due = (alg: string) => rows.find((row) => row.alg === alg && row.signs_until > at)?.kid;
   const locked = algorithms.map(due).find((kid) => kid && !keys.some((key) => key.kid === kid));
-  if (locked && !timer) throw new Error(`KEY_ENCRYPTION_SECRET does not open the key ${locked}`);
+  // At the start it ends the program; later such a key is reported and passed over.
+  if (locked && !polling) throw new Error(`KEY_ENCRYPTION_SECRET does not open the key ${locked}`);
   for (const alg of algorithms) {
-    for (let from; (from = missing(alg, at)) !== undefined; rows = await load()) {
+    while (missing(alg, at) !== undefined) {
       const generations = rows.filter((row) => row.alg === alg).map((row) => row.generation);
-      await insertKey(alg, Math.max(0, ...generations) + 1, from);
+      await insertKey(alg, Math.max(0, ...generations) + 1, missing(alg, at)!);
+      rows = await load();
     }
   }
   // Choice: later than needed, so that a clock that runs ahead or steps forgets nothing early.
-  await answer(sql`DELETE FROM signing_keys WHERE removed_at < ${at - retentionSeconds}`);
-  await answer(sql`DELETE FROM used_jtis WHERE expires_at < ${at - 300}`);
+  await inTime(sql`DELETE FROM signing_keys WHERE removed_at < ${at - retentionSeconds}`);
+  await inTime(sql`DELETE FROM used_jtis WHERE expires_at < ${at - 300}`);
 }
 
 /** Takes over the rows that can be opened. Returns all rows. */
 async function load(): Promise<Row[]> {
-  const rows: Row[] = await answer(sql`SELECT * FROM signing_keys ORDER BY signs_from, generation`);
+  const rows: Row[] = await inTime(sql`SELECT * FROM signing_keys ORDER BY signs_from, generation`);
   const opened: (SigningKey | undefined)[] = [];
   for (const row of rows) {
-    for (const column of bigints) row[column] = Number(row[column]); // PostgreSQL gives text
+    for (const column of bigintColumns) row[column] = Number(row[column]); // PostgreSQL gives text
     opened.push(await openKey(row).catch(() => void log("key skipped", { kid: row.kid })));
   }
   keys = opened.filter((key) => key !== undefined);
@@ -395,8 +411,8 @@ async function openKey(row: Row): Promise<SigningKey> {
   const known = keys.find(({ jwk }) => jwk === row.jwk);
   if (known) return { ...known, ...row };
   const jwk = JSON.parse(await unseal(row.jwk));
-  const members = publicMembers.filter((member) => member in jwk).map((name) => [name, jwk[name]]);
-  const publicJwk = { ...Object.fromEntries(members), kid: row.kid, alg: row.alg, use: "sig" };
+  const members = JSON.parse(JSON.stringify(jwk, publicMembers)); // an allow-list
+  const publicJwk = { ...members, kid: row.kid, alg: row.alg, use: "sig" };
   return { ...row, publicJwk, privateKey: (await jose.importJWK(jwk, row.alg)) as jose.CryptoKey };
 }
 
@@ -416,7 +432,7 @@ async function insertKey(alg: string, generation: number, signs_from: number): P
   const signs_until = signs_from + rotationSeconds;
   const dates = { signs_from, signs_until, removed_at: signs_until + retentionSeconds };
   const row: Row = { alg, generation, kid, jwk: await seal(JSON.stringify(jwk)), ...dates };
-  await answer(sql`INSERT INTO signing_keys ${sql(row)} ON CONFLICT DO NOTHING`);
+  await inTime(sql`INSERT INTO signing_keys ${sql(row)} ON CONFLICT DO NOTHING`);
   if (sqliteFile) await sql.unsafe("PRAGMA wal_checkpoint(TRUNCATE)");
 }
 
@@ -427,7 +443,7 @@ async function seal(text: string): Promise<string> {
 }
 
 async function unseal(text: string): Promise<string> {
-  if (text.startsWith("{") && (!seals.length || words.includes("none"))) return text;
+  if (text.startsWith("{") && (!seals.length || secrets.includes("none"))) return text;
   const opening = seals.map((secret) => jose.compactDecrypt(text, secret));
   return utf8.decode((await Promise.any(opening)).plaintext);
 }
@@ -512,8 +528,8 @@ function register(client: ClientRegistration): void {
   check(client_secrets.length || jwks?.keys.length, `${field} needs client_secrets or jwks`);
   const hashed = client_secrets.every(({ sha256 }) => /^[A-Za-z0-9+/]{43}=$/.test(sha256));
   check(hashed, `${field} client_secrets has what is not a SHA-256 in base64`);
-  const secret = jwks?.keys.some((jwk) => privateMembers.some((name) => name in jwk));
-  check(!secret, `${field} jwks has a private key`);
+  const isPrivate = jwks?.keys.some((jwk) => privateMembers.some((name) => name in jwk));
+  check(!isPrivate, `${field} jwks has a private key`);
   const { access_token_lifetime_seconds: lifetime } = client;
   const kept = Number.isInteger(lifetime) && lifetime > 0 && lifetime <= retentionSeconds;
   check(kept, `${field} access_token_lifetime_seconds is not 1 to signingKeys.retentionSeconds`);
@@ -534,7 +550,7 @@ export async function start() {
 }
 
 if (import.meta.main) {
-  if (process.argv[2] === "--new-secret") {
+  if (process.argv.includes("--new-secret")) {
     const secret = randomBytes(32).toString("base64url");
     console.log(`secret: ${secret}\nsha256: ${hash("sha256", secret, "base64")}`);
   } else {

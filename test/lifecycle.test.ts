@@ -496,16 +496,17 @@ describe("log", () => {
   test.concurrent("a reader that stops reading blocks no request", async () => {
     const pipe = new Pipe();
     const { program, origin } = await startRedirected(`> '${pipe.path}'`);
-    // In the log each of these characters takes six.
-    const request = post(
-      `grant_type=client_credentials&client_id=${"%01".repeat(200)}&client_secret=a`,
-    );
+    // A proof whose reason makes a long line.
+    const name = "x".repeat(1_500);
+    const header = { alg: "ES256", typ: "dpop+jwt", crit: [name], [name]: 1 };
+    const proof = `${Buffer.from(JSON.stringify(header)).toString("base64url")}.e30.x`;
+    const request = post(form).replace("\r\n\r\n", `\r\nDPoP: ${proof}\r\n\r\n`);
     const each = 400;
     const work = async () => {
       const connection = await Connection.to(origin);
       for (let sent = 0; sent < each; sent++) {
         connection.send(request);
-        expect((await connection.answer())?.status).toBe(401);
+        expect((await connection.answer())?.status).toBe(400);
       }
       connection.end();
     };
@@ -522,7 +523,7 @@ describe("log", () => {
     const entries = linesOf(reader.stdout).map((line) => JSON.parse(line));
     const written = entries.filter(({ event }) => event === "token refused");
     const dropped = entries.reduce((sum, entry) => sum + (entry.dropped ?? 0), 0);
-    expect(written.length).toBeGreaterThan(700); // 1 MiB of them
+    expect(written.length).toBeGreaterThan(600); // 1 MiB of them
     expect(dropped).toBeGreaterThan(0);
     const issued = entries.filter(({ event }) => event === "token issued").length;
     expect(written.length + dropped + issued).toBeGreaterThanOrEqual(4 * each + 1);
@@ -628,11 +629,11 @@ describe("request data in the log", () => {
 
   const numbered = hostile.map(([name, text], number) => ({ name, text, number }));
 
-  test.each(numbered)("client_id with $name → no tricks, cut", ({ text, number }) => {
+  test.each(numbered)("client_id with $name → no tricks, its start alone", ({ text, number }) => {
     const line = lines.idp[number]!;
     expect(line).not.toMatch(tricks);
     const { client_id, event, reason } = JSON.parse(line);
-    const cut = told(text.slice(0, 200));
+    const cut = told(text.slice(0, 8));
     expect([event, client_id, reason]).toEqual(["token refused", cut, "unknown client"]);
   });
 

@@ -394,7 +394,7 @@ const accepted: [rule: string, deviation: Deviation, grant?: Grant][] = [
   ["claims of its own", asClient("claims")],
 ];
 
-const twice = "more than one way of client authentication";
+const twice = "authenticates in more than one way";
 const malformedUri = "URI error";
 const basicAnd = (authorization: string): Deviation => ({
   headers: { authorization },
@@ -1592,10 +1592,10 @@ describe("log", () => {
     ["quotation marks", '","event":"token issued","x":"'],
     ["an escape sequence", "\u001b[2K\u001b[1A"],
     ["a lone backslash", "x\\"],
-    ["200 characters", "x".repeat(200)],
-    ["201 characters", "y".repeat(201)],
+    ["8 characters", "x".repeat(8)],
+    ["9 characters", "y".repeat(9)],
     ["10,000 characters", "z".repeat(10_000)],
-    ["a pair of surrogates cut in two", `${"x".repeat(199)}😀`],
+    ["a pair of surrogates cut in two", `${"x".repeat(7)}😀`],
   ];
   const sent = new Map<string, Answer[]>();
 
@@ -1608,11 +1608,11 @@ describe("log", () => {
     await log.until(lines);
   });
 
-  test.each(ids)("client_id with %s → one line, at most 200 of it", (name, client_id) => {
+  test.each(ids)("client_id with %s → one line, eight characters of it", (name, client_id) => {
     for (const { status, line } of sent.get(name)!) {
       const { event, reason, client_id: logged } = log.requests[line]!;
       expect([status, event, reason]).toEqual([401, "token refused", unknown]);
-      expect(logged).toBe(client_id.slice(0, 200));
+      expect(logged).toBe(client_id.slice(0, 8));
     }
   });
 
