@@ -30,8 +30,6 @@ const json = new Headers({ "cache-control": "no-store", "content-type": "applica
 const secondsNow = () => Math.floor(Date.now() / 1000);
 const isText = (value: unknown) => typeof value === "string" && value !== "";
 
-type Answer = Response | Promise<Response>;
-
 /** The claims of an access token (RFC 9068 §2.2) that is valid here. */
 export type Claims = jose.JWTPayload & { client_id: string; exp: number; cnf?: { jkt?: string } };
 
@@ -133,6 +131,7 @@ function hasScope({ scope: granted }: Claims, scope: string): boolean {
 // --- Proof of possession -------------------------------------------------------------------------
 
 const usedProofs = new Set<string>();
+const oldestProof = usedProofs.values(); // goes on where it was: to begin anew costs more and more
 
 /** RFC 9449 §4.3 and §7.1. Throws for a proof that does not fit this request and token. */
 async function verifyProof(request: Request, accessToken: string, boundTo: string): Promise<void> {
@@ -143,7 +142,7 @@ async function verifyProof(request: Request, accessToken: string, boundTo: strin
   if (crit) throw new Error("crit in the header");
   // jose lets an RSA key with p and q pass.
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  // Both normalized, as RFC 3986 §6.2.2 and §6.2.3 say.
+  // Both normalized, as far as `new URL` does it.
   const [target] = new URL(`${htu}`).href.split(/[?#]/);
   const { href } = new URL(resource + pathOf(request));
   if (htm !== request.method || target !== href) throw new Error("for another request");
@@ -157,7 +156,7 @@ async function verifyProof(request: Request, accessToken: string, boundTo: strin
   if (usedProofs.has(used)) throw new Error("jti used before");
   usedProofs.add(used);
   // Choice: the oldest is forgotten. To refuse instead would let one caller lock out the others.
-  if (usedProofs.size > 50_000) usedProofs.delete(usedProofs.keys().next().value!);
+  if (usedProofs.size > 50_000) usedProofs.delete(oldestProof.next().value!);
 }
 
 // --- Keys of the issuer --------------------------------------------------------------------------
@@ -211,13 +210,13 @@ const textOf = (answer: Response) =>
 // --- Routes --------------------------------------------------------------------------------------
 
 /** What GET answers, by path. */
-const documents = new Map<string, (request: Request) => Answer>([
+const documents = new Map<string, (request: Request) => Response | Promise<Response>>([
   ["/identity", identity],
   ["/.well-known/oauth-protected-resource", metadata],
   ["/health", health],
 ]);
 
-function route(request: Request): Answer {
+function route(request: Request) {
   const document = documents.get(pathOf(request));
   if (!document) return reply("Not Found", 404);
   const allowed = request.method === "GET" || request.method === "HEAD";
@@ -250,7 +249,7 @@ function refusal(error: Error, request: Request, http: Bun.Server<undefined>, st
   return reply(text, status, { "www-authenticate": told });
 }
 
-function identity(request: Request): Answer {
+function identity(request: Request) {
   const claims = authorize(request, "api1"); // a copier changes the scope also in metadata()
   return claims instanceof Promise ? claims.then(show) : show(claims);
 }

@@ -156,8 +156,7 @@ async function send(what: string, url: string, init: RequestInit): Promise<Respo
   // Here, for a program that imports this file has no start of its own.
   requireOrigin("ISSUER", issuer);
   requireOrigin("API_URL", resource);
-  const deadline = AbortSignal.timeout(10_000);
-  const signal = AbortSignal.any([deadline, init.signal ?? deadline]);
+  const signal = AbortSignal.any([AbortSignal.timeout(10_000), init.signal ?? []].flat());
   return await boundedFetch(url, { ...init, signal }, 1_048_576).catch(({ message, code }) => {
     throw failure(what, url, typeof code === "string" ? code : message, code);
   });
@@ -177,7 +176,8 @@ async function membersOf(what: string, url: string, answer: Response) {
 function failure(what: string, url: string, why: string, code?: unknown): Error {
   const hint = hints.find(([pattern]) => pattern.test(`${code}`));
   const [where, reason] = [url, why].map((text) => printable(text).slice(0, 200));
-  return new Error(`${what} failed at ${where}: ${reason}${hint ? ` (${hint[1]})` : ""}`);
+  const advice = hint?.[1] ?? "Check ISSUER and API_URL, and the log of the server.";
+  return new Error(`${what} failed at ${where}: ${reason} (${advice})`);
 }
 
 /** What is not ASCII, as JSON escapes it: no text of a server plays tricks on a terminal. */

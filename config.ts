@@ -102,6 +102,8 @@ export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
   const bind = env[`${name}_LISTEN`] ?? "";
   const url = bind ? URL.parse(`http://${bind}`) : origin;
   if (!url || !/^([^/?#@\\]+:\d+)?$/.test(bind)) throw new Error(`${name}_LISTEN: use host:port`);
+  // For a loopback issuer takes weak secrets, and plain http is for this machine or its proxy.
+  if (isLoopback(origin) && !isLoopback(url)) throw new Error(`${name}_LISTEN: use 127.0.0.1`);
   // A URL drops a port that is the default.
   const port = Number(url.port || (url.protocol === "https:" ? 443 : 80));
   const options = { hostname: url.hostname, port, reusePort: env["REUSE_PORT"] === "1" };
@@ -147,7 +149,8 @@ async function fileText(variable: string): Promise<string> {
 export async function boundedFetch(url: string, init: RequestInit, maxBytes: number) {
   const isLocal = url.startsWith("https:") && isLoopback(new URL(url));
   const tls = isLocal ? { ca: [(await certificate()).cert, ...getCACertificates()] } : {};
-  const response = await fetch(url, { ...init, tls, redirect: "manual" });
+  // Unpacking would go past the bound before the first chunk is seen.
+  const response = await fetch(url, { ...init, tls, redirect: "manual", decompress: false });
   const chunks: Uint8Array[] = [];
   let bytes = 0;
   for await (const chunk of response.body ?? []) {

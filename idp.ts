@@ -30,16 +30,17 @@ type Entry = Record<string, unknown>;
 const { issuer, scopes, signingKeys, acceptedAlgorithms, databaseUrl } = authorizationServer;
 const { algorithms, rotationSeconds, retentionSeconds, ...delays } = signingKeys;
 const tokenEndpoint = `${issuer}/connect/token`;
-const proofRules = { typ: "dpop+jwt", algorithms: acceptedAlgorithms };
 const authenticationMethods = ["client_secret_basic", "client_secret_post", "private_key_jwt"];
 const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // RFC 7523 §2.2
 const leewaySeconds = 30;
+const proofRules = { typ: "dpop+jwt", algorithms: acceptedAlgorithms };
 const assertionMaxSeconds = 600;
 const proofMaxAgeSeconds = 90;
 const parameters = `grant_type scope resource client_id client_secret
   client_assertion client_assertion_type`.split(/\s+/);
 /** For unknown clients: as long as a SHA-256 in base64, and equal to none. */
 const dummySecrets: { sha256: string; expires_at?: number }[] = [{ sha256: "".padEnd(44) }];
+const isHash = /^[A-Za-z0-9+/]{43}=$/;
 const reservedClaims = "iss sub aud exp nbf iat jti client_id scope cnf".split(" ");
 const privateMembers = "d p q dp dq qi oth k priv".split(" ");
 const publicMembers = "kty crv x y n e pub".split(" ");
@@ -144,7 +145,7 @@ function decodePair(text: string, separator: string): [string, string] {
 }
 
 function formDecode(text: string): string {
-  const decoded = decodeURIComponent(text.replaceAll("+", " "));
+  const decoded = /[%+]/.test(text) ? decodeURIComponent(text.replaceAll("+", " ")) : text;
   if (decoded.includes("\0")) throw new Error("NUL in a parameter");
   return decoded;
 }
@@ -194,7 +195,7 @@ async function issue(client: Client, aud: string, scope: string, entry: Entry, j
 function authenticate(authorization: string | null, form: Form, entry: Entry) {
   const assertion = form.get("client_assertion") ?? form.get("client_assertion_type");
   // Two Authorization fields arrive as one, joined by a comma.
-  const fields = authorization?.split(/, *(?=[\w-]+(?: |$))/) ?? [];
+  const fields = authorization?.replace(/"[^"]*"/g, "").split(/, *(?=[^\s=,"]+(?: |$))/) ?? [];
   // Half of an assertion counts too.
   const ways = [...fields, form.get("client_secret"), assertion].filter((way) => way !== undefined);
   if (ways.length > 1) throw new Refusal("invalid_request", "authenticates in more than one way");
@@ -202,8 +203,7 @@ function authenticate(authorization: string | null, form: Form, entry: Entry) {
   const inForm = [assertion ? subjectOf(form) : named, form.get("client_secret")];
   const [client_id = "", secret = ""] = authorization ? basicCredentials(authorization) : inForm;
   const client = clients.get(client_id);
-  // Of an unknown one only the start is logged, for it may be a secret in the wrong place.
-  entry["client_id"] = client?.client_id ?? client_id.slice(0, 8);
+  entry["client_id"] = client?.client_id; // another one may be a secret in the wrong place
   if ((named ?? client_id) !== client_id) throw new Refusal("invalid_request", "two client ids");
   return assertion ? verifyAssertion(client, assertion) : verifySecret(client, secret);
 }
@@ -279,7 +279,7 @@ async function proofThumbprint(proof: string): Promise<string> {
   if (crit) throw new Error("crit in the header");
   // jose lets an RSA key with p and q pass.
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  const [target] = new URL(`${htu}`).href.split(/[?#]/); // normalized: RFC 3986 §6.2.2 and §6.2.3
+  const [target] = new URL(`${htu}`).href.split(/[?#]/); // normalized, as far as that does it
   if (htm !== "POST" || target !== tokenEndpoint) throw new Error("for another request");
   const age = secondsNow() - iat;
   if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
@@ -295,7 +295,7 @@ type Row = Record<"alg" | "kid" | "jwk", string> & Record<(typeof bigintColumns)
 type SigningKey = Row & { privateKey: jose.CryptoKey; publicJwk: jose.JWK };
 
 const bigintColumns = ["generation", "signs_from", "signs_until", "removed_at"] as const;
-const pragma = "PRAGMA busy_timeout = 1000; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL";
+const pragma = "PRAGMA busy_timeout = 100; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL";
 const tables = `
   CREATE TABLE IF NOT EXISTS signing_keys (
     alg TEXT, generation BIGINT, kid TEXT NOT NULL, jwk TEXT NOT NULL, signs_from BIGINT NOT NULL,
@@ -382,7 +382,8 @@ export async function refresh(at = secondsNow()): Promise<void> {
   const due = (alg: string) => rows.find((row) => row.alg === alg && row.signs_until > at)?.kid;
   const locked = algorithms.map(due).find((kid) => kid && !keys.some((key) => key.kid === kid));
   // At the start it ends the program; later such a key is reported and passed over.
-  if (locked && !polling) throw new Error(`KEY_ENCRYPTION_SECRET does not open the key ${locked}`);
+  if (locked && !polling)
+    throw new Error(`KEY_ENCRYPTION_SECRET lacks the secret of key ${locked}`);
   for (const alg of algorithms) {
     while (missing(alg, at) !== undefined) {
       const generations = rows.filter((row) => row.alg === alg).map((row) => row.generation);
@@ -398,12 +399,10 @@ export async function refresh(at = secondsNow()): Promise<void> {
 /** Takes over the rows that can be opened. Returns all rows. */
 async function load(): Promise<Row[]> {
   const rows: Row[] = await inTime(sql`SELECT * FROM signing_keys ORDER BY signs_from, generation`);
-  const opened: (SigningKey | undefined)[] = [];
-  for (const row of rows) {
-    for (const column of bigintColumns) row[column] = Number(row[column]); // PostgreSQL gives text
-    opened.push(await openKey(row).catch(() => void log("key skipped", { kid: row.kid })));
-  }
-  keys = opened.filter((key) => key !== undefined);
+  // PostgreSQL gives text.
+  for (const row of rows) for (const column of bigintColumns) row[column] = Number(row[column]);
+  const open = (row: Row) => openKey(row).catch(() => void log("key skipped", { kid: row.kid }));
+  keys = (await Promise.all(rows.map(open))).filter((key) => key !== undefined);
   return rows;
 }
 
@@ -480,7 +479,7 @@ function metadata(): Response {
     jwks_uri: `${issuer}/.well-known/openid-configuration/jwks`,
     token_endpoint: tokenEndpoint,
     scopes_supported: [...resources.keys()],
-    response_types_supported: [],
+    response_types_supported: [], // Choice: §2 requires it, though §3.2 would omit an empty one
     grant_types_supported: ["client_credentials"],
     token_endpoint_auth_methods_supported: authenticationMethods,
     token_endpoint_auth_signing_alg_values_supported: acceptedAlgorithms,
@@ -508,12 +507,13 @@ function checkConfiguration(): void {
   check(/^(sqlite|postgres(ql)?):./.test(databaseUrl), "DATABASE_URL must be sqlite: or postgres:");
   check(!seals.some((s) => s.length !== 32), "KEY_ENCRYPTION_SECRET needs 32 bytes, base64url");
   const caches = 2 * Object.values(delays).reduce((sum, seconds) => sum + seconds);
-  check(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
+  const shortest = Math.min(rotationSeconds - caches, retentionSeconds, ...Object.values(delays));
+  check(shortest > 0, `signingKeys.rotationSeconds must be over ${caches}, each time over 0`);
   const known = algorithms.length && algorithms.every((alg) => acceptedAlgorithms.includes(alg));
   check(known, "signingKeys.algorithms must be some of acceptedAlgorithms");
   for (const { scope, resource } of scopes) {
-    const absolute = URL.canParse(resource) && !resource.includes("#"); // RFC 8707 §2
-    check(absolute, `scopes: ${scope}: resource must be an absolute URI without a fragment`);
+    const isUri = URL.canParse(resource) && !resource.includes("#"); // RFC 8707 §2
+    check(isUri && resources.get(scope) === resource, `scopes: ${scope}: needs one resource URI`);
   }
   authorizationServer.clients.forEach(register);
 }
@@ -521,13 +521,13 @@ function checkConfiguration(): void {
 function register(client: ClientRegistration): void {
   const { client_id, scope, claims = {}, client_secrets = [], jwks } = client;
   const field = `clients: ${client_id}:`;
-  check(!clients.has(client_id), `${field} client_id is there twice`);
+  check(client_id && !clients.has(client_id), `${field} client_id is empty or there twice`);
   const names = scope.split(" ");
   check(!names.some((name) => !resources.has(name)), `${field} scope is not in scopes`);
   check(!reservedClaims.some((name) => name in claims), `${field} claims has a reserved name`);
   check(client_secrets.length || jwks?.keys.length, `${field} needs client_secrets or jwks`);
-  const hashed = client_secrets.every(({ sha256 }) => /^[A-Za-z0-9+/]{43}=$/.test(sha256));
-  check(hashed, `${field} client_secrets has what is not a SHA-256 in base64`);
+  const stored = client_secrets.every((s) => isHash.test(s.sha256) && (s.expires_at ?? 0) < 1e11);
+  check(stored, `${field} client_secrets need a SHA-256 in base64, and expires_at in seconds`);
   const isPrivate = jwks?.keys.some((jwk) => privateMembers.some((name) => name in jwk));
   check(!isPrivate, `${field} jwks has a private key`);
   const { access_token_lifetime_seconds: lifetime } = client;

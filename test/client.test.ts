@@ -99,6 +99,10 @@ const text = (body: Bun.BodyInit, status = 200, headers = {}) =>
 /** A string that JSON is padded to with spaces. */
 const padded = (value: unknown, bytes: number) => text(JSON.stringify(value).padEnd(bytes));
 
+/** Compressed, which the client neither asks for nor unpacks. */
+const packed = (value: unknown) =>
+  text(Bun.gzipSync(JSON.stringify(value)), 200, { "content-encoding": "gzip" });
+
 const client_secret = "what-only-the-client-knows";
 const discovery = "/.well-known/openid-configuration";
 
@@ -165,6 +169,13 @@ async function messageOf(failing: Promise<unknown>): Promise<string> {
   return message;
 }
 
+/** What to try where nothing better is known. */
+const checkAll = "Check ISSUER and API_URL, and the log of the server.";
+
+/** What is said of a failure, with what to try. */
+const failure = (what: string, where: string, why: string, hint = checkAll) =>
+  `${what} failed at ${where}: ${why} (${hint})`;
+
 /** Runs with what is printed collected, the documents on stdout and the lines on stderr. */
 async function printed(run: () => Promise<unknown>) {
   const log = spyOn(console, "log").mockImplementation(() => {});
@@ -183,6 +194,8 @@ async function printed(run: () => Promise<unknown>) {
 const limit = 1_048_576;
 const tooLong = `the answer is longer than ${limit} bytes`;
 const notOurs = "this is not the metadata of ISSUER";
+const timedOut = "The operation timed out.";
+const startAll = "Is it running? `bun start` starts everything.";
 
 describe("discovery", () => {
   type Row = [name: string, metadata: (issuer: string, other: string) => Answer];
@@ -209,6 +222,7 @@ describe("discovery", () => {
     expect(seen).toEqual([`GET ${discovery}`, "POST /connect/token"]);
     expect(requests[0]!.body).toBe("");
     expect(requests[0]!.headers.get("authorization")).toBeNull();
+    for (const { headers } of requests) expect(headers.get("accept-encoding")).toBeNull();
   });
 
   const refused: [...Row, why: string][] = [
@@ -253,6 +267,8 @@ describe("discovery", () => {
     ["metadata a list", () => text("[]"), notOurs],
     ["no JSON", () => text("<html>"), notOurs],
     ["nothing", () => text(""), notOurs],
+    // It is not unpacked: a little may unpack to very much.
+    ["metadata in gzip", (own) => packed(validMetadata(own)), notOurs],
     ["status 404", () => text("Not Found", 404), "404"],
     [
       "status 500, metadata valid",
@@ -287,7 +303,7 @@ describe("discovery", () => {
       metadata: (issuer) => answer(issuer, other.origin),
     });
     expect(await messageOf(client.accessToken())).toBe(
-      `Discovery failed at ${issuer}${discovery}: ${why.replace("ISSUER", issuer)}`,
+      failure("Discovery", issuer + discovery, why.replace("ISSUER", issuer)),
     );
     expect(requests.map(({ method }) => method)).toEqual(["GET"]);
     expect(other.received).toEqual([]);
@@ -296,8 +312,8 @@ describe("discovery", () => {
   test("the issuer hangs up → one line", async () => {
     const issuer = hangUp();
     const { client } = await scenario({ client: { issuer } });
-    expect(await messageOf(client.accessToken())).toMatch(
-      new RegExp(`^Discovery failed at ${issuer}${discovery}: ECONNRESET`),
+    expect(await messageOf(client.accessToken())).toBe(
+      failure("Discovery", issuer + discovery, "ECONNRESET"),
     );
   });
 
@@ -305,8 +321,7 @@ describe("discovery", () => {
     const issuer = closedOrigin();
     const { client } = await scenario({ client: { issuer } });
     expect(await messageOf(client.accessToken())).toBe(
-      `Discovery failed at ${issuer}${discovery}: ` +
-        "ECONNREFUSED (Is it running? `bun start` starts everything.)",
+      failure("Discovery", issuer + discovery, "ECONNREFUSED", startAll),
     );
   });
 
@@ -375,7 +390,7 @@ describe("no answer", () => {
     const { client, issuer } = await scenario({ metadata });
     const limits = await withShortLimits(1, async () =>
       expect(await messageOf(client.accessToken())).toBe(
-        `Discovery failed at ${issuer}${discovery}: The operation timed out.`,
+        failure("Discovery", issuer + discovery, timedOut),
       ),
     );
     expect(limits).toEqual([10_000]);
@@ -385,7 +400,7 @@ describe("no answer", () => {
     const { client, tokenEndpoint } = await scenario({ token: noAnswer });
     const limits = await withShortLimits(2, async () =>
       expect(await messageOf(client.accessToken())).toBe(
-        `The token request failed at ${tokenEndpoint}: The operation timed out.`,
+        failure("The token request", tokenEndpoint, timedOut),
       ),
     );
     expect(limits).toEqual([10_000, 10_000]);
@@ -395,7 +410,7 @@ describe("no answer", () => {
     const { client, identity } = await scenario({ api: noAnswer });
     const { signal } = new AbortController();
     const limits = await withShortLimits(3, async () => {
-      const message = `The call failed at ${identity}: The operation timed out.`;
+      const message = failure("The call", identity, timedOut);
       expect(await messageOf(client.apiFetch(identity))).toBe(message);
       expect(await messageOf(client.apiFetch(identity, { signal }))).toBe(message);
     });
@@ -461,7 +476,7 @@ describe("POST /connect/token as it arrives", () => {
       token: () => text("", status, { location: `${other.origin}/connect/token` }),
     });
     expect(await messageOf(client.accessToken())).toBe(
-      `The token request failed at ${tokenEndpoint}: ${status}`,
+      failure("The token request", tokenEndpoint, `${status}`),
     );
     expect(tokenRequests()).toHaveLength(1);
     expect(other.received).toEqual([]);
@@ -622,7 +637,7 @@ describe("the token response", () => {
       token: () => Response.json({ ...validToken(1), token_type, ...change }),
     });
     expect(await messageOf(client.apiFetch(identity))).toBe(
-      `The token request failed at ${tokenEndpoint}: no usable token`,
+      failure("The token request", tokenEndpoint, "no usable token"),
     );
     expect(calls).toEqual([]);
   });
@@ -632,13 +647,14 @@ describe("the token response", () => {
     ["status 500, token valid", () => Response.json(validToken(1), { status: 500 }), "500"],
     ["no JSON", () => text("access_token=access-token-1&token_type=Bearer"), "no usable token"],
     ["JSON null", () => text("null"), "no usable token"],
+    ["a token in gzip", () => packed(validToken(1)), "no usable token"],
     ["1 MiB and a byte", () => padded(validToken(1), limit + 1), tooLong],
   ];
 
   test.each(answers)("%s → one line", async (_, token, why) => {
     const { client, tokenEndpoint } = await scenario({ token });
     expect(await messageOf(client.accessToken())).toBe(
-      `The token request failed at ${tokenEndpoint}: ${why}`,
+      failure("The token request", tokenEndpoint, why),
     );
   });
 });
@@ -770,7 +786,7 @@ describe("proofs", () => {
 describe("what is said about a refused token request", () => {
   const json = (status: number, members: unknown) => () => Response.json(members, { status });
   const challenge = (value: string) => () => text("", 401, { "www-authenticate": value });
-  const rows: [name: string, answer: () => Answer, said: string][] = [
+  const rows: [name: string, answer: () => Answer, said: string, hint?: string][] = [
     [
       "code and description",
       json(400, { error: "invalid_request", error_description: "No such thing." }),
@@ -781,25 +797,29 @@ describe("what is said about a refused token request", () => {
     [
       "invalid_client",
       json(401, { error: "invalid_client" }),
-      "401 invalid_client (Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY.)",
+      "401 invalid_client",
+      "Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY.",
     ],
     [
       "invalid_scope",
       json(400, { error: "invalid_scope", error_description: "Unknown." }),
-      "400 invalid_scope Unknown. (Check SCOPE against the registration of the client.)",
+      "400 invalid_scope Unknown.",
+      "Check SCOPE against the registration of the client.",
     ],
     [
       "invalid_dpop_proof",
       json(400, { error: "invalid_dpop_proof" }),
-      "400 invalid_dpop_proof (Set DPOP=1 if the client is registered for bound tokens.)",
+      "400 invalid_dpop_proof",
+      "Set DPOP=1 if the client is registered for bound tokens.",
     ],
     [
       "insufficient_scope",
       json(403, { error: "insufficient_scope" }),
-      "403 insufficient_scope (Check SCOPE: the API requires another scope.)",
+      "403 insufficient_scope",
+      "Check SCOPE: the API requires another scope.",
     ],
     [
-      "a hint's word in the description gives no hint",
+      "a hint's word in the description gives not that hint",
       json(400, { error: "invalid_request", error_description: "not invalid_client" }),
       "400 invalid_request not invalid_client",
     ],
@@ -809,7 +829,8 @@ describe("what is said about a refused token request", () => {
     [
       "the code in the challenge",
       challenge('Basic realm="x", error="invalid_client"'),
-      "401 invalid_client (Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY.)",
+      "401 invalid_client",
+      "Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY.",
     ],
     ["a challenge without a code", challenge('Basic realm="x"'), "401"],
     [
@@ -835,16 +856,17 @@ describe("what is said about a refused token request", () => {
     [
       "more than 200 characters",
       json(400, { error: "invalid_scope", error_description: `${"y".repeat(182)}NO` }),
-      `400 invalid_scope ${"y".repeat(182)} (Check SCOPE against the registration of the client.)`,
+      `400 invalid_scope ${"y".repeat(182)}`,
+      "Check SCOPE against the registration of the client.",
     ],
   ];
 
-  test.each(rows)("%s", async (_, token, said) => {
+  test.each(rows)("%s", async (_, token, said, hint = checkAll) => {
     const { client, tokenEndpoint } = await scenario({ token });
     const message = await messageOf(client.accessToken());
     // A space is printed once, see `fail`.
     expect(message.replace(/ +/g, " ")).toBe(
-      `The token request failed at ${tokenEndpoint}: ${said}`,
+      failure("The token request", tokenEndpoint, said, hint),
     );
   });
 
@@ -855,7 +877,7 @@ describe("what is said about a refused token request", () => {
       token: () => text("", 500),
     });
     const where = `${issuer}/\\u001b[2J\\u202e`.padEnd(200, "y");
-    expect(await messageOf(client.accessToken())).toBe(`The token request failed at ${where}: 500`);
+    expect(await messageOf(client.accessToken())).toBe(failure("The token request", where, "500"));
   });
 });
 
@@ -959,7 +981,7 @@ describe("accessToken", () => {
       token: (count) => (count === 1 ? text("", 503) : Response.json(validToken(count))),
     });
     const waiting = Array.from({ length: 20 }, () => messageOf(client.accessToken()));
-    const said = `The token request failed at ${tokenEndpoint}: 503`;
+    const said = failure("The token request", tokenEndpoint, "503");
     expect(new Set(await Promise.all(waiting))).toEqual(new Set([said]));
     expect(requests.map(({ method }) => method)).toEqual(["GET", "POST"]);
     expect(await client.accessToken()).toEqual(validToken(2));
@@ -1067,9 +1089,7 @@ describe("apiFetch", () => {
       api: (_, count) => text(Buffer.alloc(limit - 1 + count)),
     });
     expect(await (await client.apiFetch(identity)).bytes()).toHaveLength(limit);
-    expect(await messageOf(client.apiFetch(identity))).toBe(
-      `The call failed at ${identity}: ${tooLong}`,
-    );
+    expect(await messageOf(client.apiFetch(identity))).toBe(failure("The call", identity, tooLong));
   });
 
   test("the caller's signal ends the call", async () => {
@@ -1085,8 +1105,7 @@ describe("apiFetch", () => {
     const resource = closedOrigin();
     const { client } = await scenario({ client: { resource } });
     expect(await messageOf(client.apiFetch(`${resource}/identity`))).toBe(
-      `The call failed at ${resource}/identity: ` +
-        "ECONNREFUSED (Is it running? `bun start` starts everything.)",
+      failure("The call", `${resource}/identity`, "ECONNREFUSED", startAll),
     );
   });
 });
@@ -1193,7 +1212,7 @@ describe("apiFetch, RFC 6750 §3.1 invalid_token", () => {
       api: rejecting,
     });
     expect(await messageOf(client.apiFetch(identity))).toBe(
-      `The token request failed at ${tokenEndpoint}: 503`,
+      failure("The token request", tokenEndpoint, "503"),
     );
     expect(calls).toHaveLength(1);
   });
@@ -1276,7 +1295,7 @@ describe("run", () => {
   });
 
   const bearer = (error: string) => ({ "www-authenticate": `Bearer error="${error}"` });
-  const answers: [name: string, answer: () => Answer, said: string][] = [
+  const answers: [name: string, answer: () => Answer, said: string, hint?: string][] = [
     [
       "401 invalid_token, twice",
       () => text("no", 401, bearer("invalid_token")),
@@ -1285,7 +1304,8 @@ describe("run", () => {
     [
       "403 insufficient_scope",
       () => text("no", 403, bearer("insufficient_scope")),
-      "403 insufficient_scope (Check SCOPE: the API requires another scope.)",
+      "403 insufficient_scope",
+      "Check SCOPE: the API requires another scope.",
     ],
     [
       "the error in the second challenge",
@@ -1298,10 +1318,10 @@ describe("run", () => {
     ["control characters", () => text("", 401, bearer("\u009b2J")), "401 \\u009b2J"],
   ];
 
-  test.each(answers)("the API answers %s → one line", async (_, api, said) => {
+  test.each(answers)("the API answers %s → one line", async (_, api, said, hint = checkAll) => {
     const { client, identity } = await scenario({ token, api });
     await printed(async () =>
-      expect(await messageOf(client.run())).toBe(`The call failed at ${identity}: ${said}`),
+      expect(await messageOf(client.run())).toBe(failure("The call", identity, said, hint)),
     );
   });
 
@@ -1350,7 +1370,7 @@ describe("bun run client.ts", () => {
     expect(client.stdout).toBe("");
     expect(client.stderr.split("\n")).toEqual([
       `Requesting a token for client from ${env.ISSUER}`,
-      `error: The token request failed at ${env.ISSUER}/connect/token: no usable token`,
+      `error: ${failure("The token request", `${env.ISSUER}/connect/token`, "no usable token")}`,
       "",
     ]);
   });
@@ -1389,7 +1409,7 @@ describe("bun run client.ts", () => {
   });
 
   const problems: [name: string, issuer: () => string, said: RegExp][] = [
-    ["hangs up", hangUp, /^error: Discovery failed at \S+: ECONNRESET/],
+    ["hangs up", hangUp, /^error: Discovery failed at \S+: ECONNRESET \(Check /],
     [
       "is no address",
       () => `localhost:${reservedPort()}`,
@@ -1427,14 +1447,15 @@ describe("bun run client.ts", () => {
       return { received: server.received, env: { ISSUER: url, API_URL: url } };
     }
 
+    const trust = "Start all in one directory, or set TLS_CERT or NODE_EXTRA_CA_CERTS.";
+
     test("an untrusted certificate → one line that says what to try", async () => {
       const { received, env } = secured(validMetadata);
       const client = launch("client", { env });
       expect(await client.ended()).toBe(1);
-      expect(client.stderr).toEndWith(
-        `\nerror: Discovery failed at ${env.ISSUER}${discovery}: DEPTH_ZERO_SELF_SIGNED_CERT ` +
-          "(Start all in one directory, or set TLS_CERT or NODE_EXTRA_CA_CERTS.)\n",
-      );
+      const where = env.ISSUER + discovery;
+      const said = failure("Discovery", where, "DEPTH_ZERO_SELF_SIGNED_CERT", trust);
+      expect(client.stderr).toEndWith(`\nerror: ${said}\n`);
       expect(received).toEqual([]);
     });
 
@@ -1452,10 +1473,9 @@ describe("bun run client.ts", () => {
       }));
       const client = launch("client", { env: { ...env, NODE_EXTRA_CA_CERTS: cert } });
       expect(await client.ended()).toBe(1);
-      expect(client.stderr).toEndWith(
-        `\nerror: Discovery failed at ${env.ISSUER}${discovery}: ` +
-          `this is not the metadata of ${env.ISSUER}\n`,
-      );
+      const why = notOurs.replace("ISSUER", env.ISSUER);
+      const said = failure("Discovery", env.ISSUER + discovery, why);
+      expect(client.stderr).toEndWith(`\nerror: ${said}\n`);
       expect(received.map(({ method }) => method)).toEqual(["GET"]);
       expect(plain.received).toEqual([]);
     });

@@ -292,6 +292,7 @@ describe("authorization server", () => {
   const accepted: [name: string, changes: Partial<AuthorizationServer>][] = [
     ["the default", {}],
     ["two clients", billing({})],
+    ["times of less than a second", keysWith({ maxAgeSeconds: 0.5, coolDownSeconds: 0.01 })],
     ["rotation of one second more than twice the caches", keysWith({ rotationSeconds: twice + 1 })],
     ["KEY_ENCRYPTION_SECRET of 32 bytes", { keyEncryptionSecret: secretOf(32) }],
     ["KEY_ENCRYPTION_SECRET with none", { keyEncryptionSecret: `${secretOf(32)},none` }],
@@ -304,6 +305,10 @@ describe("authorization server", () => {
     [
       "client with two secrets",
       billing({ client_secrets: [{ sha256 }, { sha256, expires_at: 1 }] }),
+    ],
+    [
+      "client with a secret that expires in the year 5138, the latest in seconds",
+      billing({ client_secrets: [{ sha256, expires_at: 1e11 - 1 }] }),
     ],
     ["client with claims", billing({ claims: { tenant: "t1", ISS: "x", aud2: "y" } })],
     [
@@ -325,7 +330,24 @@ describe("authorization server", () => {
     expect(await idpWith(changes)).toBe("");
   });
 
-  const refused: [name: string, changes: Partial<AuthorizationServer>, field: RegExp][] = [
+  type Refused = [name: string, changes: Partial<AuthorizationServer>, field: RegExp];
+  const needsResource = (scope: string) =>
+    new RegExp(`^config\\.ts: scopes: ${scope}: needs one resource URI$`);
+  const unusableSecret =
+    /^config\.ts: clients: billing: client_secrets need a SHA-256 in base64, and expires_at in seconds$/;
+  const unusableTimes: [name: keyof SigningKeys, seconds: number, caches: number][] = [
+    ["pollSeconds", 0, twice - 20],
+    ["pollSeconds", -1, twice - 22],
+    ["pollSeconds", NaN, NaN],
+    ["maxAgeSeconds", 0, twice - 120],
+    ["refreshSeconds", 0, twice - 600],
+    ["coolDownSeconds", 0, twice - 10],
+    ["retentionSeconds", 0, twice],
+    ["retentionSeconds", -5, twice],
+    ["retentionSeconds", NaN, twice],
+    ["rotationSeconds", NaN, twice],
+  ];
+  const refused: Refused[] = [
     ["issuer with a path", { issuer: "http://127.0.0.1:0/tenant" }, /^ISSUER /],
     ["DATABASE_URL of MySQL", { databaseUrl: "mysql://127.0.0.1/keys" }, /DATABASE_URL/],
     ["DATABASE_URL a file URL", { databaseUrl: "file:keys.db" }, /DATABASE_URL/],
@@ -372,6 +394,11 @@ describe("authorization server", () => {
       keysWith({ rotationSeconds: twice + 2, coolDownSeconds: 6 }),
       /signingKeys\.rotationSeconds/,
     ],
+    ...unusableTimes.map(([name, seconds, caches]): Refused => [
+      `${name} ${seconds}`,
+      keysWith({ [name]: seconds }),
+      new RegExp(`signingKeys\\.rotationSeconds must be over ${caches}, each time over 0$`),
+    ]),
     ["no algorithm", keysWith({ algorithms: [] }), /signingKeys\.algorithms/],
     ["algorithm HS256", keysWith({ algorithms: ["HS256"] }), /signingKeys\.algorithms/],
     ["algorithm none", keysWith({ algorithms: ["none"] }), /signingKeys\.algorithms/],
@@ -384,15 +411,39 @@ describe("authorization server", () => {
     [
       "scope at a resource that is relative",
       { scopes: [{ ...api1, resource: "/api" }] },
-      /scopes: api1: resource/,
+      needsResource("api1"),
     ],
-    ["scope at no resource", { scopes: [{ ...api1, resource: "" }] }, /scopes: api1: resource/],
+    ["scope at no resource", { scopes: [{ ...api1, resource: "" }] }, needsResource("api1")],
     [
       "scope at a resource with a fragment",
       { scopes: [{ ...api1, resource: `${resource}/#a` }] },
-      /scopes: api1: resource/,
+      needsResource("api1"),
     ],
-    ["client registered twice", billing({ client_id: "client" }), /clients: client: client_id/],
+    [
+      "second scope at a resource with an empty fragment",
+      { scopes: [api1, { ...api1, scope: "read", resource: `${resource}#` }] },
+      needsResource("read"),
+    ],
+    [
+      "scope at two resources",
+      { scopes: [api1, { ...api1, resource: "https://other.example" }] },
+      needsResource("api1"),
+    ],
+    [
+      "scope at two resources, another one between",
+      { scopes: [{ ...api1, resource: "urn:a" }, { ...api1, scope: "read" }, api1] },
+      needsResource("api1"),
+    ],
+    [
+      "client registered twice",
+      billing({ client_id: "client" }),
+      /^config\.ts: clients: client: client_id is empty or there twice$/,
+    ],
+    [
+      "client with an empty client_id",
+      billing({ client_id: "" }),
+      /^config\.ts: clients: : client_id is empty or there twice$/,
+    ],
     ["client with an unknown scope", billing({ scope: "api2" }), /clients: billing: scope/],
     [
       "client with an unknown scope beside a known one",
@@ -413,37 +464,47 @@ describe("authorization server", () => {
     [
       "client with a secret in clear",
       billing({ client_secrets: [{ sha256: "secret" }] }),
-      /clients: billing: client_secrets/,
+      unusableSecret,
     ],
     [
       "client with a secret's hash in hex",
       billing({ client_secrets: [{ sha256: Buffer.from(sha256, "base64").toString("hex") }] }),
-      /clients: billing: client_secrets/,
+      unusableSecret,
     ],
     [
       "client with a secret's hash in base64url",
       billing({ client_secrets: [{ sha256: sha256.replace("+", "-") }] }),
-      /clients: billing: client_secrets/,
+      unusableSecret,
     ],
     [
       "client with a secret's hash without padding",
       billing({ client_secrets: [{ sha256: sha256.slice(0, -1) }] }),
-      /clients: billing: client_secrets/,
+      unusableSecret,
     ],
     [
       "client with a secret's hash and a character before",
       billing({ client_secrets: [{ sha256: `A${sha256}` }] }),
-      /clients: billing: client_secrets/,
+      unusableSecret,
     ],
     [
       "client with a secret's hash and a character after",
       billing({ client_secrets: [{ sha256: `${sha256}=` }] }),
-      /clients: billing: client_secrets/,
+      unusableSecret,
     ],
     [
       "client whose second secret is an empty text",
       billing({ client_secrets: [{ sha256 }, { sha256: "" }] }),
-      /clients: billing: client_secrets/,
+      unusableSecret,
+    ],
+    ...[1e11, 1e11 + 1, 4_102_444_800_000, Infinity].map((expires_at): Refused => [
+      `client with a secret that expires at ${expires_at}, not in seconds`,
+      billing({ client_secrets: [{ sha256, expires_at }] }),
+      unusableSecret,
+    ]),
+    [
+      "client whose second secret expires at a time in milliseconds",
+      billing({ client_secrets: [{ sha256 }, { sha256, expires_at: 4_102_444_800_000 }] }),
+      unusableSecret,
     ],
     [
       "client without secret or keys",
@@ -573,7 +634,7 @@ describe("authorization server", () => {
     await (await served("idp", env, cwd)).stop("SIGKILL");
     const other = Buffer.alloc(32, 8).toString("base64url");
     const second = launch("idp", { cwd, env: { ...env, KEY_ENCRYPTION_SECRET: other } });
-    expect(await lastWords(second)).toMatch(/KEY_ENCRYPTION_SECRET does not open the key \S+$/);
+    expect(await lastWords(second)).toMatch(/KEY_ENCRYPTION_SECRET lacks the secret of key \S+$/);
   });
 });
 
@@ -587,8 +648,11 @@ describe("where to listen", () => {
     ["127.0.0.1:8080", "https://auth.example", "127.0.0.1", 8080],
     ["0.0.0.0:80", "https://auth.example", "0.0.0.0", 80],
     ["[::1]:8080", "https://auth.example:8443", "[::1]", 8080],
-    ["proxy.example:8080", "https://localhost:5001", "proxy.example", 8080],
+    ["proxy.example:8080", "https://auth.example", "proxy.example", 8080],
     ["127.0.0.1:8080", "http://127.0.0.1:5001", "127.0.0.1", 8080],
+    ["localhost:80", "https://127.0.0.1:5001", "localhost", 80],
+    ["127.1.2.3:8080", "https://[::1]:5001", "127.1.2.3", 8080],
+    ["[::1]:8080", "https://localhost:5001", "[::1]", 8080],
   ];
   test.each(plain)("ISSUER_LISTEN=%p with %s → plain http at %s port %d", async (...row) => {
     const [listen, origin, hostname, port] = row;
@@ -615,11 +679,29 @@ describe("where to listen", () => {
     ["IPv6 without brackets", "::1:8080"],
     ["space", "127.0.0.1 :8080"],
   ];
+  // Who is on this machine alone, by its address, listens there alone.
+  const beyond: [listen: string, origin: string][] = [
+    ["0.0.0.0:8080", "https://localhost:5001"],
+    ["0.0.0.0:8080", "http://127.0.0.1:5001"],
+    ["[::]:8080", "http://[::1]:5001"],
+    ["proxy.example:8080", "https://127.0.0.1"],
+    ["localhost.example:8080", "http://localhost:5001"],
+    ["127.0.0.1.example:8080", "http://localhost:5001"],
+    ["128.0.0.1:8080", "http://localhost:5001"],
+  ];
   for (const name of ["ISSUER", "API"] as const) {
     test.each(malformed)(`${name}_LISTEN with %s → refused: %s`, async (_, listen) => {
       process.env[`${name}_LISTEN`] = listen;
-      const options = listenOptions(name, new URL("https://auth.example"));
-      expect(await options.catch(({ message }) => message)).toBe(`${name}_LISTEN: use host:port`);
+      for (const origin of ["https://auth.example", "https://localhost:5001"]) {
+        const options = listenOptions(name, new URL(origin));
+        expect(await options.catch(({ message }) => message)).toBe(`${name}_LISTEN: use host:port`);
+      }
+    });
+
+    test.each(beyond)(`${name}_LISTEN=%s with %s → refused`, async (listen, origin) => {
+      process.env[`${name}_LISTEN`] = listen;
+      const options = listenOptions(name, new URL(origin));
+      expect(await options.catch(({ message }) => message)).toBe(`${name}_LISTEN: use 127.0.0.1`);
     });
   }
 
@@ -650,12 +732,17 @@ describe("where to listen", () => {
     },
   );
 
-  test.concurrent.each(["idp", "api"] as const)(
-    "%s.ts, malformed listening address → one line, exit code 1",
-    async (program) => {
+  const unusable: ["idp" | "api", listen: string, said: string][] = [
+    ["idp", "8080", "ISSUER_LISTEN: use host:port"],
+    ["api", "8080", "API_LISTEN: use host:port"],
+    ["idp", "0.0.0.0:8080", "ISSUER_LISTEN: use 127.0.0.1"],
+    ["api", "0.0.0.0:8080", "API_LISTEN: use 127.0.0.1"],
+  ];
+  test.concurrent.each(unusable)(
+    "%s.ts, listening at %s → one line, exit code 1",
+    async (program, listen, said) => {
       const variable = program === "idp" ? "ISSUER_LISTEN" : "API_LISTEN";
-      const said = await lastWords(launch(program, { env: { [variable]: "8080" } }));
-      expect(said).toBe(`${variable}: use host:port`);
+      expect(await lastWords(launch(program, { env: { [variable]: listen } }))).toBe(said);
     },
   );
 
@@ -920,7 +1007,7 @@ describe("boundedFetch", () => {
     for (let left = count; left > 0; left--) yield new Uint8Array(bytes);
   };
   const gzip = { "content-encoding": "gzip" };
-  const answers: Record<string, () => Response> = {
+  const answers: Record<string, (request: Request) => Response> = {
     "/hello": () => new Response("hello", { status: 201, headers: { "x-note": "kept" } }),
     "/empty": () => new Response(null, { status: 204 }),
     "/chunks": () => new Response(chunks(4, 250)),
@@ -930,14 +1017,15 @@ describe("boundedFetch", () => {
     "/bomb": () => new Response(Bun.gzipSync(new Uint8Array(10_000_000)), { headers: gzip }),
     "/redirect": () => Response.redirect("/hello", 302),
   };
-  const handler = (request: Request) => answers[new URL(request.url).pathname]!();
+  const asked = (request: Request) => new Response(`${request.headers.get("accept-encoding")}`);
+  const handler = (request: Request) => (answers[new URL(request.url).pathname] ?? asked)(request);
   const server = Bun.serve({ hostname: "127.0.0.1", port: 0, fetch: handler });
   const tls = { key: text(own.TLS_KEY), cert: text(own.TLS_CERT) };
   const secure = Bun.serve({ hostname: "127.0.0.1", port: 0, tls, fetch: handler });
   afterAll(() => Promise.all([server.stop(true), secure.stop(true)]));
 
-  const fetched = async (path: string, origin = server.url.origin) =>
-    await boundedFetch(origin + path, {}, 1_000);
+  const fetched = async (path: string, origin = server.url.origin, bytes = 1_000) =>
+    await boundedFetch(origin + path, {}, bytes);
 
   test("the answer has its status, fields and body", async () => {
     const answer = await fetched("/hello");
@@ -950,17 +1038,27 @@ describe("boundedFetch", () => {
     expect([answer.status, answer.body]).toEqual([204, null]);
   });
 
-  test.each(["/chunks", "/gzip"])("%s: exactly as many bytes as allowed", async (path) => {
-    const bytes = await (await fetched(path)).bytes();
+  test("exactly as many bytes as allowed", async () => {
+    const bytes = await (await fetched("/chunks")).bytes();
     expect(bytes).toEqual(new Uint8Array(1_000));
   });
 
-  test.each(["/longer", "/endless", "/bomb"])(
-    "%s: more bytes than allowed → throws",
-    async (path) => {
-      await expect(fetched(path)).rejects.toThrow("the answer is longer than 1000 bytes");
-    },
-  );
+  test("what comes compressed is not unpacked, for a little may unpack to very much", async () => {
+    const [small, bomb] = await Promise.all([
+      fetched("/gzip"),
+      fetched("/bomb", undefined, 20_000),
+    ]);
+    expect(await small!.bytes()).toEqual(Bun.gzipSync(new Uint8Array(1_000)));
+    expect(await bomb!.bytes()).toEqual(Bun.gzipSync(new Uint8Array(10_000_000)));
+  });
+
+  test("nothing compressed is asked for", async () => {
+    expect(await (await fetched("/accept-encoding")).text()).toBe("null");
+  });
+
+  test.each(["/longer", "/endless"])("%s: more bytes than allowed → throws", async (path) => {
+    await expect(fetched(path)).rejects.toThrow("the answer is longer than 1000 bytes");
+  });
 
   test("a redirect is not followed", async () => {
     const answer = await fetched("/redirect");

@@ -33,7 +33,7 @@ const refused = (starting: Promise<unknown>) =>
 const kids = (idp: Idp, at: number) => idp.publicKeys(at).map(({ kid }) => kid!);
 const kidsOf = (rows: Row[]) => rows.map(({ kid }) => kid);
 const unopened = ({ kid }: Row) =>
-  `Cannot use the database: KEY_ENCRYPTION_SECRET does not open the key ${kid}`;
+  `Cannot use the database: KEY_ENCRYPTION_SECRET lacks the secret of key ${kid}`;
 const garble = (generation: number) =>
   `UPDATE signing_keys SET jwk = 'garbled' WHERE generation = ${generation}`;
 const remove = (generation: number) => `DELETE FROM signing_keys WHERE generation = ${generation}`;
@@ -739,7 +739,7 @@ for (const prefix of ["sqlite://", "sqlite:"]) {
       const connection = prepare.mock.contexts[0] as Database;
       prepare.mockRestore();
       const setting = (name: string) => Object.values(connection.query(`PRAGMA ${name}`).get()!);
-      expect(setting("busy_timeout")).toEqual([1000]);
+      expect(setting("busy_timeout")).toEqual([100]);
       expect(setting("journal_mode")).toEqual(["wal"]);
       expect(setting("synchronous")).toEqual([1]); // NORMAL
     } finally {

@@ -561,6 +561,8 @@ describe("log", () => {
 // --- Request data in the log ---------------------------------------------------------------------
 
 describe("request data in the log", () => {
+  /** How the reason begins that tells an unknown name in crit. */
+  const prefix = 'Extension Header Parameter "';
   const hostile: [name: string, text: string][] = [
     ["a line feed and a line", '\n{"event":"token issued"}'],
     ["a carriage return", "a\rb"],
@@ -576,7 +578,7 @@ describe("request data in the log", () => {
     ["right-to-left override, U+202E", "a\u202Eb"],
     ["isolates, U+2066 to U+2069", "a\u2066b\u2069"],
     ["two thousand characters", "a".repeat(2_000)],
-    ["a surrogate pair at the cut", `${"a".repeat(199)}\u{1F511}b`],
+    ["a surrogate pair at the cut", `${"a".repeat(1_999 - prefix.length)}\u{1F511}b`],
     ["names of the prototype", "__proto__"],
   ];
   /** What ends a line somewhere, or changes what a terminal shows. */
@@ -587,12 +589,33 @@ describe("request data in the log", () => {
   const issuer = new Issuer();
   const [origin, resource] = [freeOrigin(), freeOrigin()];
   /** The lines of the log, in the order of `hostile`. */
-  const lines = { idp: [] as string[], api: [] as string[] };
+  const lines = { assertions: [] as string[], proofs: [] as string[], calls: [] as string[] };
+  const client_id = "app";
+  const clients: ClientRegistration[] = [
+    {
+      client_id,
+      client_secrets: [
+        { sha256: new Bun.CryptoHasher("sha256").update("secret").digest("base64") },
+      ],
+      jwks: { keys: [jwk] },
+      grant_types: ["client_credentials"],
+      scope: "api1",
+      access_token_lifetime_seconds: 3_600,
+    },
+  ];
 
-  const requestToken = (client_id: string) => {
-    const body = new URLSearchParams({ grant_type: "client_credentials" });
-    const headers = { authorization: `Basic ${btoa(`${encodeURIComponent(client_id)}:secret`)}` };
+  const requestToken = (credentials: Record<string, string>, headers = {}) => {
+    const body = new URLSearchParams({ grant_type: "client_credentials", ...credentials });
     return fetch(`${origin}/connect/token`, { method: "POST", headers, body });
+  };
+  const assertWith = async (text: string) =>
+    await requestToken({
+      client_assertion_type: "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+      client_assertion: await signedJwt({ alg: "ES256", crit: [text] }, { sub: client_id }),
+    });
+  const proveWith = async (text: string) => {
+    const dpop = await signedJwt({ alg: "ES256", typ: "dpop+jwt", jwk, crit: [text] }, {});
+    return await requestToken({ client_id, client_secret: "secret" }, { dpop });
   };
   const callWith = async (text: string) => {
     const fields = await issuer.bearer(resource, { client_id: text, jti: text, scope: text });
@@ -604,7 +627,7 @@ describe("request data in the log", () => {
     issuer.gate.resolve();
     const databaseUrl = `sqlite://${temporaryDirectory()}/keys.db`;
     const changes = {
-      authorizationServer: { issuer: origin, databaseUrl },
+      authorizationServer: { issuer: origin, clients, databaseUrl },
       resourceServer: { issuer: issuer.origin, resource },
     };
     const start = (program: "idp" | "api") =>
@@ -612,33 +635,42 @@ describe("request data in the log", () => {
     const servers = [await start("idp"), await start("api"), issuer.server];
     const log = captureLog();
     for (const [, text] of hostile) {
-      expect((await requestToken(text)).status).toBe(401);
+      expect((await assertWith(text)).status).toBe(401);
+      expect((await proveWith(text)).status).toBe(400);
       expect((await callWith(text)).status).toBe(403);
     }
-    await log.until(2 * hostile.length);
+    await log.until(3 * hostile.length);
     const all = log.text().split("\n");
-    lines.idp = all.filter((line) => line.includes('"event":"token '));
-    lines.api = all.filter((line) => line.includes('"event":"call '));
+    lines.assertions = all.filter((line) => line.includes('"error":"invalid_client"'));
+    lines.proofs = all.filter((line) => line.includes('"error":"invalid_dpop_proof"'));
+    lines.calls = all.filter((line) => line.includes('"event":"call '));
     log.stop();
     await Promise.all(servers.map((server) => server.stop(true)));
   });
 
   test("one line for each request", () => {
-    expect([lines.idp.length, lines.api.length]).toEqual([hostile.length, hostile.length]);
+    for (const each of Object.values(lines)) expect(each).toHaveLength(hostile.length);
   });
 
   const numbered = hostile.map(([name, text], number) => ({ name, text, number }));
 
-  test.each(numbered)("client_id with $name → no tricks, its start alone", ({ text, number }) => {
-    const line = lines.idp[number]!;
-    expect(line).not.toMatch(tricks);
-    const { client_id, event, reason } = JSON.parse(line);
-    const cut = told(text.slice(0, 8));
-    expect([event, client_id, reason]).toEqual(["token refused", cut, "unknown client"]);
-  });
+  const refusals = [
+    ["an assertion", "invalid_client", () => lines.assertions],
+    ["a proof", "invalid_dpop_proof", () => lines.proofs],
+  ] as const;
+  for (const [jwt, code, logged] of refusals) {
+    test.each(numbered)(`crit of ${jwt} with $name → no tricks, cut`, ({ text, number }) => {
+      const line = logged()[number]!;
+      expect(line).not.toMatch(tricks);
+      const { time, milliseconds, ...entry } = JSON.parse(line);
+      const reason = told(`${prefix}${text}" is not recognized`.slice(0, 2_000));
+      const said = { event: "token refused", address: "127.0.0.1", client_id, error: code, reason };
+      expect(entry).toEqual(said);
+    });
+  }
 
   test.each(numbered)("token with $name → no tricks", ({ text, number }) => {
-    const line = lines.api[number]!;
+    const line = lines.calls[number]!;
     expect(line).not.toMatch(tricks);
     const { event, client_id, jti, error } = JSON.parse(line);
     expect([event, client_id, jti, error]).toEqual([

@@ -586,6 +586,11 @@ const invalidClient: RefusedRow[] = [
   ],
   ["§5.2 Bearer alone", authorization("Bearer token"), noBasic],
   ["§5.2 Digest alone", authorization('Digest username="client", qop=auth, nc=00000001'), noBasic],
+  [
+    "§5.2 Digest alone, with a comma in quotation marks",
+    authorization('Digest username="a, b c", realm="x"'),
+    noBasic,
+  ],
   ["§5.2 DPoP alone", authorization("DPoP token"), noBasic],
   [
     "§5.2 an unknown scheme, Basic at its end",
@@ -800,6 +805,7 @@ const named = <Any extends [string, ...unknown[]]>(rows: Any[]): Any[] =>
     return [full, ...rest] as Any;
   });
 
+const registered = clients.map(({ client_id }) => client_id);
 const answers = new Map<Deviation, Answer>();
 const answeredWithin = new Map<Deviation, number>();
 let published: ReturnType<typeof jose.createLocalJWKSet>;
@@ -865,6 +871,7 @@ describe("POST /connect/token", () => {
     test.each(named(rows))(`%s → ${status} ${code}`, (_, deviation, reason = usual) => {
       const { status: sent, headers, text, line } = answers.get(deviation)!;
       const { time, milliseconds, client_id, ...entry } = log.requests[line]!;
+      if (client_id !== undefined) expect(registered).toContain(`${client_id}`);
       const address = "127.0.0.1";
       expect(entry).toEqual({
         event: "token refused",
@@ -917,6 +924,10 @@ describe("POST /connect/token", () => {
     ["Bearer, then Basic", "Bearer token", "Basic Y2xpZW50Ong="],
     ["an empty one, then Basic", "", "Basic Y2xpZW50Ong="],
     ["Basic, then a scheme alone", "Basic Y2xpZW50Ong=", "Negotiate"],
+    ["Basic, then a scheme with a dot", "Basic Y2xpZW50Ong=", "Foo.Bar x"],
+    ["a scheme with a dot, then Basic", "Foo.Bar x", "Basic Y2xpZW50Ong="],
+    ["Basic, then a scheme of odd letters", "Basic Y2xpZW50Ong=", "!#$%&'*+-.^_`|~1aZ x"],
+    ["Digest, then Basic", 'Digest username="a, b c", realm="x"', "Basic Y2xpZW50Ong="],
   ];
   const raw = new Map<string, { answer: string; line: number }>();
 
@@ -1584,18 +1595,13 @@ describe("routes", () => {
 
 describe("log", () => {
   const ids: [name: string, client_id: string][] = [
+    ["a secret, in the wrong place", secret],
     [
       "a line break and a line of JSON",
       '\n{"event":"token issued","address":"","client_id":"x"}\n',
     ],
-    ["a carriage return", 'x\r{"event":"token issued"}'],
     ["quotation marks", '","event":"token issued","x":"'],
-    ["an escape sequence", "\u001b[2K\u001b[1A"],
-    ["a lone backslash", "x\\"],
-    ["8 characters", "x".repeat(8)],
-    ["9 characters", "y".repeat(9)],
     ["10,000 characters", "z".repeat(10_000)],
-    ["a pair of surrogates cut in two", `${"x".repeat(7)}😀`],
   ];
   const sent = new Map<string, Answer[]>();
 
@@ -1608,11 +1614,12 @@ describe("log", () => {
     await log.until(lines);
   });
 
-  test.each(ids)("client_id with %s → one line, eight characters of it", (name, client_id) => {
+  test.each(ids)("unknown client_id, %s → one line, and nothing of it", (name) => {
     for (const { status, line } of sent.get(name)!) {
-      const { event, reason, client_id: logged } = log.requests[line]!;
-      expect([status, event, reason]).toEqual([401, "token refused", unknown]);
-      expect(logged).toBe(client_id.slice(0, 8));
+      const { time, milliseconds, ...entry } = log.requests[line]!;
+      const address = "127.0.0.1";
+      const said = { event: "token refused", address, error: "invalid_client", reason: unknown };
+      expect([status, entry]).toEqual([401, said]);
     }
   });
 
@@ -1624,17 +1631,18 @@ describe("log", () => {
     expect(log.text()).not.toMatch(/[\x00-\x09\x0b-\x1f]/);
   });
 
-  test("the client_id is logged as soon as it is known, also in Basic", () => {
+  test("the client_id is logged as soon as it is that of a client, also in Basic", () => {
     const entryOf = (rule: string) => {
       const rows = refusals.flatMap(([, , , , each]) => each);
       const [, deviation] = rows.find(([name]) => name === rule)!;
       return log.requests[answers.get(deviation)!.line]!["client_id"];
     };
-    expect(entryOf("§5.2 unknown client, in the form")).toBe("nobody");
-    expect(entryOf("§5.2 unknown client, in Basic")).toBe("nobody");
+    expect(entryOf("§5.2 unknown client, in the form")).toBeUndefined();
+    expect(entryOf("§5.2 unknown client, in Basic")).toBeUndefined();
+    expect(entryOf("§5.2 client_id __proto__")).toBeUndefined();
     expect(entryOf("§5.2 wrong secret, in Basic")).toBe("client");
     expect(entryOf("§3.2.1 client_id alone")).toBe("client");
-    expect(entryOf("§3.2.1 no credentials")).toBe("");
+    expect(entryOf("§3.2.1 no credentials")).toBeUndefined();
     expect(entryOf("§3.2.1 Basic and another client_id")).toBe("client");
     expect(entryOf("§5.2 unknown grant_type")).toBe("client");
     expect(entryOf("§3.3 an unknown scope")).toBe("client");
