@@ -12,6 +12,7 @@ import {
   type Changes,
   cleanUp,
   eventually,
+  freePort,
   launch,
   temporaryDirectory,
   thumbprint,
@@ -63,21 +64,7 @@ function serve(answer: (received: Received, count: number) => Answer, options: o
   return { origin: server.url.origin, received };
 }
 
-/** Test runs at the same time begin at different ports. */
-let lastPort = 20_000 + (process.pid % 240) * 50;
-
-/** A free port outside the range that systems give away, so that nobody takes it in the meantime. */
-function reservedPort(): number {
-  for (;;) {
-    try {
-      const fetch = () => new Response();
-      void Bun.serve({ hostname: "127.0.0.1", port: (lastPort += 1), fetch }).stop(true);
-      return lastPort;
-    } catch {} // in use
-  }
-}
-
-const closedOrigin = () => `http://127.0.0.1:${reservedPort()}`;
+const closedOrigin = () => `http://127.0.0.1:${freePort()}`;
 
 /** A port that takes connections and hangs up at once. */
 function hangUp(): string {
@@ -330,7 +317,7 @@ describe("discovery", () => {
     ["http beyond this machine", (own) => own.replace("127.0.0.1", "0.0.0.0")],
     ["a slash at the end", (own) => `${own}/`],
     ["a path", (own) => `${own}/tenant`],
-    ["no URL", () => `localhost:${reservedPort()}`],
+    ["no URL", () => `localhost:${freePort()}`],
   ];
   const rule = "must be a bare https origin (http on loopback only), not";
 
@@ -1376,7 +1363,7 @@ describe("bun run client.ts", () => {
   });
 
   test("--wait waits until both servers take connections", async () => {
-    const ports = [reservedPort(), reservedPort()] as const;
+    const ports = [freePort(), freePort()] as const;
     const [issuerUrl, apiUrl] = ports.map((port) => `http://127.0.0.1:${port}`);
     const client = launch("client", {
       env: { ISSUER: issuerUrl, API_URL: apiUrl },
@@ -1412,7 +1399,7 @@ describe("bun run client.ts", () => {
     ["hangs up", hangUp, /^error: Discovery failed at \S+: ECONNRESET \(Check /],
     [
       "is no address",
-      () => `localhost:${reservedPort()}`,
+      () => `localhost:${freePort()}`,
       /^error: ISSUER must be a bare https origin/,
     ],
   ];

@@ -22,7 +22,7 @@ export function temporaryDirectory(): string {
   return directory;
 }
 
-let lastPort = 10_000 + (process.pid % 20_000);
+let lastPort = 10_000 + ((process.pid * 997) % 20_000); // test files may run side by side
 
 /** A port that nobody listens on, below those that the system gives to outgoing connections. */
 export function freePort(): number {
