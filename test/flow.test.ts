@@ -1,7 +1,7 @@
 /** The quickstart as a person runs it: real programs, real ports, and each way of going wrong. */
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { cpSync, mkdirSync, symlinkSync } from "node:fs";
+import { cpSync, existsSync, mkdirSync, readFileSync, symlinkSync } from "node:fs";
 import { join } from "node:path";
 import { cleanUp, freeOrigin, launch, Program, root, temporaryDirectory } from "./support.ts";
 
@@ -17,21 +17,46 @@ function freshClone(): string {
   return directory;
 }
 
+/** The lines of the output in the README, at other addresses; … stands for anything. */
+function toldByReadme({ ISSUER, API_URL }: { ISSUER: string; API_URL: string }): RegExp[] {
+  const readme = readFileSync(join(root, "README.md"), "utf8");
+  const [, output] = /```text\n(.+?)\n```/s.exec(readme)!;
+  const lines = output!.split("\n").filter((line) => line !== "…");
+  expect(lines.length).toBeGreaterThan(10);
+  return lines.map((line) => {
+    const here = line.replace("https://localhost:5001", ISSUER);
+    const parts = here.replace("https://localhost:6001", API_URL).split(/…|\d{4}-\S+?Z/);
+    return new RegExp(`^${parts.map(RegExp.escape).join(".+")}$`, "m");
+  });
+}
+
+/** `bun start` in a process group of its own, as a terminal runs it. */
+const startIn = (cwd: string, env: Record<string, string | undefined>) =>
+  new Program([process.execPath, "start"], { cwd, env, detached: true });
+
+/** Ctrl-C, which a terminal sends to the whole group. */
+async function interrupt(start: Program): Promise<void> {
+  process.kill(-start.process.pid, "SIGINT");
+  await start.ended();
+}
+
 const environment = { PATH: process.env["PATH"], HOME: process.env["HOME"] };
 
 describe("bun start", () => {
   test("in a fresh clone the claims are printed, and the servers stay until SIGINT", async () => {
     const env = { ...environment, ISSUER: freeOrigin(), API_URL: freeOrigin() };
     const cwd = freshClone();
-    const start = new Program([process.execPath, "start"], { cwd, env });
+    const start = startIn(cwd, env);
     await start.printed(/client:wait \| Done/);
+    await start.printed(/token issued/, "stdout");
+    for (const line of toldByReadme(env)) expect(start.stdout + start.stderr).toMatch(line);
     expect(start.stdout).toContain('client:wait |     "type": "client_id",');
     expect(start.stdout).toContain('client:wait |     "value": "client"');
     const health = await Promise.all(
       [env.ISSUER, env.API_URL].map((url) => fetch(`${url}/health`)),
     );
     expect(health.map(({ status }) => status)).toEqual([200, 200]);
-    await start.stop("SIGINT");
+    await interrupt(start);
     await expect(fetch(`${env.ISSUER}/health`)).rejects.toThrow();
   });
 
@@ -42,10 +67,10 @@ describe("bun start", () => {
       API_URL: freeOrigin(),
       CLIENT_SECRET: "wrong",
     };
-    const start = new Program([process.execPath, "start"], { cwd: freshClone(), env });
+    const start = startIn(freshClone(), env);
     await start.printed(/client:wait \| Exited with code 1/);
     expect((await fetch(`${env.ISSUER}/health`)).status).toBe(200);
-    await start.stop("SIGINT");
+    await interrupt(start);
   });
 
   test("without `bun install` one line says what to do", async () => {
@@ -59,6 +84,19 @@ describe("bun start", () => {
     expect(await idp.ended()).toBe(1);
     expect(idp.stderr).toMatch(/error: Cannot find package 'jose'/);
   });
+});
+
+test("bun build --compile idp.ts → one file that serves, and makes keys/ where it is started", async () => {
+  const cwd = temporaryDirectory();
+  const build = ["build", "--compile", "idp.ts", "--outfile", join(cwd, "idp")];
+  const built = new Program([process.execPath, ...build], { cwd: root, env: environment });
+  expect(await built.ended()).toBe(0);
+  const ISSUER = freeOrigin();
+  const idp = new Program([join(cwd, "idp")], { cwd, env: { ISSUER } });
+  await idp.printed(/authorization server/);
+  expect((await fetch(`${ISSUER}/health`)).status).toBe(200);
+  expect(existsSync(join(cwd, "keys/keys.db"))).toBe(true);
+  expect(await idp.stop("SIGTERM")).toBe(0);
 });
 
 describe("experiments", () => {

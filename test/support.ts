@@ -47,7 +47,7 @@ export class Program {
 
   constructor(
     command: string[],
-    options: { cwd: string; env: Record<string, string | undefined> },
+    options: { cwd: string; env: Record<string, string | undefined>; detached?: boolean },
   ) {
     this.process = Bun.spawn(command, {
       ...options,
