@@ -190,7 +190,7 @@ const print = (value: unknown) =>
 // --- Start ---------------------------------------------------------------------------------------
 
 /** Waits until a server answers, for the some 20 s that it may need to start. */
-async function untilUp(url: string): Promise<void> {
+export async function untilUp(url: string): Promise<void> {
   for (let tries = 0; tries < 200; tries++) {
     const problem = await send("Waiting", url, {}).then(() => "", String);
     if (!problem.includes("ECONNREFUSED")) return;
@@ -199,7 +199,7 @@ async function untilUp(url: string): Promise<void> {
 }
 
 /** Makes a key pair: the private JWK goes into a file, the public one to stdout for config.ts. */
-async function makeKey(): Promise<void> {
+export async function makeKey(): Promise<void> {
   const { privateKey, publicKey } = await jose.generateKeyPair("ES256", { extractable: true });
   const jwk = await jose.exportJWK(privateKey);
   const ids = { alg: "ES256", kid: await jose.calculateJwkThumbprint(jwk) };
