@@ -371,6 +371,20 @@ test.concurrent(
   patience,
 );
 
+test.concurrent(
+  "instances: a database that takes connections and never answers → one line, exit code 1",
+  async () => {
+    const silent = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+    const table = new Table(`postgres://postgres@127.0.0.1:${silent.port}/postgres`);
+    const { program } = instance(table, freeOrigin());
+    expect(await program.ended()).toBe(1);
+    const reason = "no answer of the database in 2 s";
+    expect(program.stderr).toBe(`error: Cannot use the database: ${reason}\n`);
+    silent.stop(true);
+  },
+  patience,
+);
+
 // --- PostgreSQL goes away ------------------------------------------------------------------------
 
 describe.if(postgresUrl !== undefined)("PostgreSQL", () => {
