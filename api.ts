@@ -143,7 +143,7 @@ async function verifyProof(request: Request, accessToken: string, boundTo: strin
   // jose lets an RSA key with p and q pass.
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
   // Both normalized, as far as `new URL` does it.
-  const [target] = new URL(`${htu}`).href.split(/[?#]/);
+  const [target] = new URL(isText(htu) ? `${htu}` : "").href.split(/[?#]/);
   const { href } = new URL(resource + pathOf(request));
   if (htm !== request.method || target !== href) throw new Error("for another request");
   const age = secondsNow() - iat;

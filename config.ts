@@ -82,7 +82,7 @@ export const client = {
   /** A file with a private JWK: the client authenticates with it instead of the secret. */
   keyFile: env["CLIENT_KEY"],
   /** Binds the tokens to a key of this process (RFC 9449). */
-  dpop: env["DPOP"] === "1",
+  dpop: !["", "0"].includes(env["DPOP"] ?? ""),
 };
 
 // --- Listening and trust -------------------------------------------------------------------------
@@ -102,7 +102,7 @@ export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
   const bind = env[`${name}_LISTEN`] ?? "";
   const url = bind ? URL.parse(`http://${bind}`) : origin;
   if (!url || !/^([^/?#@\\]+:\d+)?$/.test(bind)) throw new Error(`${name}_LISTEN: use host:port`);
-  // For a loopback issuer takes weak secrets, and plain http is for this machine or its proxy.
+  // A loopback issuer takes weak secrets, and plain http is for this machine or its proxy.
   if (isLoopback(origin) && !isLoopback(url)) throw new Error(`${name}_LISTEN: use 127.0.0.1`);
   // A URL drops a port that is the default.
   const port = Number(url.port || (url.protocol === "https:" ? 443 : 80));
@@ -114,7 +114,7 @@ export async function listenOptions(name: "ISSUER" | "API", origin: URL) {
 
 /** Key and certificate in PEM: TLS_KEY and TLS_CERT, or one for localhost, made at first use. */
 async function certificate(): Promise<{ key: string; cert: string }> {
-  if (env["TLS_CERT"]) return { key: await fileText("TLS_KEY"), cert: await fileText("TLS_CERT") };
+  if (env["TLS_CERT"]) return { cert: await fileText("TLS_CERT"), key: await fileText("TLS_KEY") };
   const file = "keys/localhost.pem";
   if (!existsSync(file)) {
     mkdirSync("keys", { recursive: true, mode: 0o700 });

@@ -279,7 +279,7 @@ async function proofThumbprint(proof: string): Promise<string> {
   if (crit) throw new Error("crit in the header");
   // jose lets an RSA key with p and q pass.
   if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  const [target] = new URL(`${htu}`).href.split(/[?#]/); // normalized, as far as that does it
+  const [target] = new URL(typeof htu === "string" ? htu : "").href.split(/[?#]/); // normalized
   if (htm !== "POST" || target !== tokenEndpoint) throw new Error("for another request");
   const age = secondsNow() - iat;
   if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");

@@ -1,7 +1,7 @@
 /** The quickstart as a person runs it: real programs, real ports, and each way of going wrong. */
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { cpSync, existsSync, mkdirSync, readFileSync, symlinkSync } from "node:fs";
+import { cpSync, existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { cleanUp, freeOrigin, launch, Program, root, temporaryDirectory } from "./support.ts";
 
@@ -17,9 +17,10 @@ function freshClone(): string {
   return directory;
 }
 
+const readme = readFileSync(join(root, "README.md"), "utf8");
+
 /** The lines of the output in the README, at other addresses; … stands for anything. */
 function toldByReadme({ ISSUER, API_URL }: { ISSUER: string; API_URL: string }): RegExp[] {
-  const readme = readFileSync(join(root, "README.md"), "utf8");
   const [, output] = /```text\n(.+?)\n```/s.exec(readme)!;
   const lines = output!.split("\n").filter((line) => line !== "…");
   expect(lines.length).toBeGreaterThan(10);
@@ -73,7 +74,7 @@ describe("bun start", () => {
     await interrupt(start);
   });
 
-  test("without `bun install` one line says what to do", async () => {
+  test("without `bun install` the missing package is named, exit code 1", async () => {
     const cwd = temporaryDirectory();
     mkdirSync(join(cwd, "clone"));
     for (const file of programs) cpSync(join(root, file), join(cwd, "clone", file));
@@ -169,6 +170,32 @@ describe("experiments", () => {
     },
   );
 
+  const attempts = [...readme.matchAll(/^\| (.*bun run client\.ts.*?) *\| (.*?) *\|$/gm)].flatMap(
+    ([, commands, answer]) =>
+      [...commands!.matchAll(/`([A-Z_]+)=(\w+) bun run client\.ts`/g)].map(([, name, value]) => ({
+        name: name!,
+        value: value!,
+        code: /`(\d{3} \w+)`/.exec(answer!)?.[1],
+      })),
+  );
+
+  test.each(attempts)("README, $name=$value → what it says", async ({ name, value, code }) => {
+    if (code) return expect(await failureOf({ [name]: value })).toContain(`: ${code} `);
+    const client = launch("client", { env: { ...env, [name]: value } });
+    expect(await client.ended()).toBe(0);
+    expect(client.stdout).toContain('"token_type": "DPoP"');
+  });
+
+  test("README, in a program of your own → the claims", async () => {
+    const cwd = freshClone();
+    const [, snippet] = /```ts\n(.+?)```/s.exec(readme)!;
+    const program = `${snippet!.replace("https://localhost:6001", env.API_URL)}console.log(claims);`;
+    writeFileSync(join(cwd, "own.ts"), program);
+    const own = new Program([process.execPath, "own.ts"], { cwd, env: { ...environment, ...env } });
+    expect(await own.ended()).toBe(0);
+    expect(own.stdout).toContain('value: "client"');
+  });
+
   test("API not running → one line that says what to try, exit code 1", async () => {
     const resource = freeOrigin();
     const scopes = [{ scope: "api1", description: "My API", resource }];
@@ -187,7 +214,9 @@ describe("experiments", () => {
   test("no token sent → 401 with both challenges and no error", async () => {
     const answer = await fetch(`${env.API_URL}/identity`);
     expect(answer.status).toBe(401);
-    expect(answer.headers.get("www-authenticate")).not.toContain("error");
+    const challenges = answer.headers.get("www-authenticate");
+    expect(challenges).toMatch(/^Bearer .+, DPoP /);
+    expect(challenges).not.toContain("error");
   });
 
   test("API that requires another scope than the token has → 403", async () => {

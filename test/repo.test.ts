@@ -127,13 +127,24 @@ describe("README", () => {
   });
 
   test("every RFC section that the code cites is in the conformance table", () => {
-    const table = readme.slice(readme.indexOf("## Conformance"));
-    const cited = files.flatMap((file) => [...sources[file]!.matchAll(/RFC (\d+) §([\d.]*\d)/g)]);
+    const rows = readme.slice(readme.indexOf("## Conformance")).matchAll(/^\| (\d[^|]+?) *\|/gm);
+    const told = new Set([...rows].flatMap(([, cell]) => cell!.split(", ")));
+    const citation = /RFC (\d+) (§[\d.]*\d|Appendix [A-Z])(?: and (§[\d.]*\d))?/g;
+    const cited = files.flatMap((file) => [...sources[file]!.matchAll(citation)]);
     expect(cited.length).toBeGreaterThan(20);
-    const missing = cited
-      .map(([, rfc, section]) => `${rfc} §${section}`)
-      .filter((citation) => !table.includes(citation));
-    expect([...new Set(missing)]).toEqual([]);
+    const all = cited.flatMap(([, rfc, ...parts]) => parts.map((part) => part && `${rfc} ${part}`));
+    expect([...new Set(all)].filter((one) => one && !told.has(one))).toEqual([]);
+  });
+
+  test("every name in the Code column of the conformance table is there", () => {
+    const table = readme.slice(readme.indexOf("## Conformance"), readme.indexOf("## Choices"));
+    const names = [...table.matchAll(/^\| \d[^|]+\|[^|]+\|([^|]+)\|/gm)].flatMap(([, cell]) => [
+      ...cell!.matchAll(/`(\w+)`/g),
+    ]);
+    expect(names.length).toBeGreaterThan(20);
+    const code = files.map((file) => sources[file]).join("\n");
+    for (const [, name] of names)
+      expect(code).toMatch(new RegExp(`\\b(function|const|interface) ${name}\\b`));
   });
 
   test("every test file that the conformance table names is there", () => {

@@ -811,7 +811,7 @@ const answeredWithin = new Map<Deviation, number>();
 let published: ReturnType<typeof jose.createLocalJWKSet>;
 
 beforeAll(async () => {
-  // All rows are sent first, one after the other, for the log is written five times a second.
+  // All rows are sent first, one after the other, for the log is written every 50 ms.
   const rows = [accepted, ...refusals.map(([, , , , each]) => each)].flat();
   for (const [, deviation] of rows) {
     const started = performance.now();
