@@ -151,6 +151,7 @@ const refusedProofs = (htu: string): RefusedRow<ProofDeviation>[] => [
   ["§4.3 (2) no JWT", { dpop: "proof" }, "Invalid Compact JWS"],
   ["§4.3 (3) no htm", { claims: { htm: undefined } }, noMatch],
   ["§4.3 (3) no htu", { claims: { htu: undefined } }, "Invalid URL"],
+  ["§4.2 htu in a list", { claims: { htu: [htu] } }, "Invalid URL"],
   ["§4.3 (3) no iat", { claims: { iat: undefined } }, "iat too far from now"],
   ["§4.3 (3) no jti", { claims: { jti: undefined } }, "no jti"],
   ["§4.3 (3) an empty jti", { claims: { jti: "" } }, "no jti"],
