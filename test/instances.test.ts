@@ -1,5 +1,6 @@
 /** Several instances on one database, and what happens when they or the database go away. */
 
+import { SQL } from "bun";
 import { afterAll, describe, expect, test } from "bun:test";
 import { Database } from "bun:sqlite";
 import { mkdirSync, writeFileSync } from "node:fs";
@@ -424,6 +425,64 @@ describe.if(postgresUrl !== undefined)("PostgreSQL", () => {
       await execute(postgresUrl!, `DROP ROLE ${role}`);
     },
     10_000,
+  );
+
+  /** What another program does in a transaction that it has not committed yet. */
+  async function transaction(url: string, statement: string) {
+    const sql = new SQL(url, { max: 1 });
+    await sql.unsafe(`BEGIN; ${statement}`);
+    return { commit: () => sql.unsafe("COMMIT").finally(() => sql.close()) };
+  }
+
+  test.concurrent(
+    "instances, PostgreSQL: another program makes a table just now → the start waits, and tries again",
+    async () => {
+      const table = new Table(await freshSchema());
+      const columns = "id TEXT PRIMARY KEY, expires_at BIGINT NOT NULL";
+      const other = await transaction(table.url, `CREATE TABLE used_jtis (${columns})`);
+      const idp = instance(table, freeOrigin());
+      const schema = new URL(table.url).searchParams.get("search_path")!;
+      const observer = new SQL(postgresUrl!, { max: 1 });
+      await eventually("it waits for the other", async () => {
+        const waiting = await observer`SELECT 1 FROM pg_stat_activity
+          WHERE application_name = ${schema} AND wait_event_type = 'Lock'`;
+        return waiting.length > 0;
+      });
+      await observer.close();
+      await other.commit();
+      await started([idp]);
+      expect(await table.rows()).toHaveLength(2);
+      await idp.program.stop();
+      await table.close();
+    },
+    patience,
+  );
+
+  test.concurrent(
+    "instances, PostgreSQL: slow → a proof waits, too slow → 503; secrets do not wait",
+    async () => {
+      const table = new Table(await freshSchema());
+      const issuer = freeOrigin();
+      const idp = instance(table, issuer, { origin: issuer });
+      await started([idp]);
+      const slow = await transaction(table.url, "LOCK TABLE used_jtis");
+      const waiting = requestToken(issuer, await proofFor(issuer));
+      expect((await requestToken(issuer)).status).toBe(200);
+      expect(Bun.peek.status(waiting)).toBe("pending");
+      await slow.commit();
+      expect((await waiting).status).toBe(200);
+
+      const tooSlow = await transaction(table.url, "LOCK TABLE used_jtis");
+      const refused = requestToken(issuer, await proofFor(issuer));
+      expect((await requestToken(issuer)).status).toBe(200);
+      expect((await refused).status).toBe(503);
+      expect(await statusOf(issuer)).toBe("degraded");
+      await tooSlow.commit();
+      expect((await requestToken(issuer, await proofFor(issuer))).status).toBe(200);
+      await idp.program.stop();
+      await table.close();
+    },
+    patience,
   );
 
   test.concurrent.skipIf(!canServe)(
