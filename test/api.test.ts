@@ -795,6 +795,7 @@ describe("GET /health", () => {
     const api = await startApi(issuer.origin, { coolDownSeconds: 0 });
     const first = await api.get("/health");
     expect([first.status, first.body]).toEqual(unavailable);
+    expect(first.headers).toMatchObject({ "content-type": "application/json" });
     await eventually("the keys are asked for", () => issuer.requests.includes("/jwks"));
     release();
     const last = await eventually("200", async () => {
