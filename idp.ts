@@ -348,7 +348,7 @@ async function openDatabase(): Promise<void> {
     } catch (error) {
       const { code, errno, message } = error as Bun.SQL.PostgresError;
       // What instances that start at the same instant do to one another.
-      const isOver = !/SQLITE_BUSY|23505|42P07/.test(`${code} ${errno}`) || Date.now() > deadline;
+      const isOver = !/BUSY|23505|42P07|42710/.test(`${code} ${errno}`) || Date.now() > deadline;
       if (isOver) throw new Error(`Cannot use the database: ${message}`);
     }
   }
