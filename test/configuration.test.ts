@@ -163,6 +163,12 @@ describe("values", () => {
     });
   });
 
+  test("any other DPOP binds: a slip must not give tokens that are not bound", async () => {
+    for (const DPOP of ["true", "yes"]) {
+      expect(await valuesWith({ DPOP })).toMatchObject({ client: { dpop: true } });
+    }
+  });
+
   test("empty variables and DPOP=0 count as not set", async () => {
     const names = ["ISSUER", "API_URL", "DATABASE_URL", "KEY_ENCRYPTION_SECRET", "CLIENT_ID"];
     const empty = Object.fromEntries(
