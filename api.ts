@@ -8,30 +8,18 @@
  *
  * Tokens are JWTs (RFC 9068), sent as Bearer (RFC 6750) or bound to a key of the caller (RFC 9449).
  * It asks nobody about a token: one counts until it expires or the key that signed it is gone.
- * A copier keeps `authorize`. Run: bun run api.ts
+ * For an API of your own keep everything, and add to `routes`. Run: bun run api.ts
  */
 
 import * as jose from "jose";
-import { boundedFetch, fail, lifecycle, listenOptions, log } from "./config.ts";
-import { requireOrigin, resourceServer, stopOnSignal } from "./config.ts";
+import * as config from "./config.ts";
 
-// --- Data ----------------------------------------------------------------------------------------
+type Settings = config.ResourceServerSettings;
 
-const { issuer, resource, acceptedAlgorithms, refreshSeconds, coolDownSeconds } = resourceServer;
-/** RFC 9728 §5.1, RFC 6750 §3, RFC 9449 §7.1. */
-const where = `resource_metadata="${resource}/.well-known/oauth-protected-resource"`;
-const challenges = `Bearer ${where}, DPoP algs="${acceptedAlgorithms.join(" ")}", ${where}`;
-const leewaySeconds = 30;
-const proofMaxAgeSeconds = 90;
-const maxBytes = 1_048_576;
-const proofRules = { typ: "dpop+jwt", algorithms: acceptedAlgorithms };
-const privateMembers = "d p q dp dq qi oth k priv".split(" ");
-const json = new Headers({ "cache-control": "no-store", "content-type": "application/json" });
-const secondsNow = () => Math.floor(Date.now() / 1000);
-const isText = (value: unknown) => typeof value === "string" && value !== "";
-
-/** The claims of an access token (RFC 9068 §2.2) that is valid here. */
-export type Claims = jose.JWTPayload & { client_id: string; exp: number; cnf?: { jkt?: string } };
+/** The claims of an access token (RFC 9068 §2.2) that is valid here. They are frozen. */
+export type Claims = Readonly<
+  jose.JWTPayload & { client_id: string; exp: number; cnf?: { jkt?: string } }
+>;
 
 // --- Errors --------------------------------------------------------------------------------------
 
@@ -42,271 +30,391 @@ const errors = {
   invalid_token: [401, "The access token is not valid here. The log of the API has the reason."],
   invalid_dpop_proof: [401, "The DPoP proof is missing or not valid."],
   insufficient_scope: [403, "The access token lacks the scope."],
+  malformed_body: [400, "The body is not valid JSON."],
   temporarily_unavailable: [503, "The token cannot be checked now. Try again soon."],
-  server_error: [500, "Internal Server Error"],
 } as const;
 
-/** Why a caller is turned away; the reason and the details go to the log. */
-export class Refusal extends Error {
-  readonly code: keyof typeof errors;
-  readonly details: { scope?: string; client_id?: string; jti?: unknown };
+type ErrorCode = keyof typeof errors;
 
-  constructor(code: keyof typeof errors, reason: string, details = {}) {
-    super(reason);
-    this.code = code;
-    this.details = details;
-  }
+/** Why a caller is turned away. */
+class CallRefusal extends config.Refusal<ErrorCode> {}
+
+function check(holds: unknown, code: ErrorCode, reason: string, details = {}): asserts holds {
+  if (!holds) throw new CallRefusal(code, reason, details);
 }
 
-/** What a step finds wrong is an Error: this makes it a Refusal with the code of the step. */
-const refuseAs = (code: keyof typeof errors) => (error: Error) => {
-  throw error instanceof Refusal ? error : new Refusal(code, error.message);
+/** For what jose throws: makes it a refusal with this code. */
+const refuseAs = (code: ErrorCode) => (error: unknown) => {
+  const isAway = error instanceof config.KeysUnavailable;
+  throw new CallRefusal(isAway ? "temporarily_unavailable" : code, config.reasonOf(error));
 };
+
+// --- Routes --------------------------------------------------------------------------------------
+
+/** What the API answers; an API of your own adds its lines here, such as "POST /orders". */
+const routes = (api: ResourceServer): Record<string, config.Handler> => ({
+  "GET /identity": async (request) => {
+    const claims = await api.authorize(request, api.settings.scope);
+    return jsonAnswer(identityText(claims));
+  },
+  "GET /health": () => api.health(),
+});
+
+/** The JSON body of a request, for a POST. Rejects with a refusal, status 400, if it is malformed. */
+export async function jsonBody(request: Request): Promise<unknown> {
+  return await request.json().catch(refuseAs("malformed_body"));
+}
+
+function jsonAnswer(text: string, status = 200): Response {
+  const headers = { "cache-control": "no-store", "content-type": "application/json" };
+  return new Response(text, { status, headers });
+}
+
+// Making the text takes a tenth of a call with a remembered token, and claims never change.
+const identityTexts = new WeakMap<Claims, string>();
+
+/** The claims as a list of types and values, each value a string; a list gives an entry a member. */
+function identityText(claims: Claims): string {
+  const known = identityTexts.get(claims);
+  if (known !== undefined) return known;
+  const asText = (value: unknown) => (typeof value === "string" ? value : JSON.stringify(value));
+  const entries = Object.entries(claims).flatMap(([type, value]) =>
+    [value].flat().map((member) => ({ type, value: asText(member) })),
+  );
+  const text = JSON.stringify(entries);
+  identityTexts.set(claims, text);
+  return text;
+}
 
 // --- Authorization -------------------------------------------------------------------------------
 
-/** Claims of valid tokens by the Authorization field they came in, oldest first. */
-const remembered = new Map<string, Claims>();
+class ResourceServer {
+  readonly settings: Settings;
+  readonly log: config.Log;
+  readonly lifecycle: config.Lifecycle;
+  readonly issuerKeys: IssuerKeys;
+  /** Claims by the Authorization field they came in, with the keys they were verified with. */
+  readonly #remembered = new Map<string, { claims: Claims; keys: jose.JWK[] }>();
+  readonly #usedProofs = new UsedProofs();
 
-/**
- * The caller's claims, without waiting if the token was seen before. Rejects with a Refusal for a
- * caller who may not use `scope` (RFC 6750 §3).
- */
-export function authorize(request: Request, scope: string): Claims | Promise<Claims> {
-  const field = request.headers.get("authorization") ?? "";
-  const claims = remembered.get(field);
-  // Without leeway: a token that is about to expire is validated again.
-  const known = claims && claims.exp > secondsNow() ? claims : undefined;
-  if (known && !known.cnf && hasScope(known, scope)) return known;
-  return validateCall(request, scope, field, known);
+  constructor(settings: Settings) {
+    this.settings = settings;
+    this.log = new config.Log(settings.log);
+    this.lifecycle = new config.Lifecycle(this.log);
+    this.issuerKeys = new IssuerKeys(settings, this.log);
+  }
+
+  /**
+   * Resolves with the claims of a caller who may use `scope`. Rejects with a refusal for any other
+   * (RFC 6750 §3).
+   */
+  async authorize(request: Request, scope: string): Promise<Claims> {
+    const authorization = request.headers.get("authorization") ?? "";
+    const claims = this.#recall(authorization) ?? (await this.#acceptToken(authorization));
+    // A proof is for one request, so it is verified also with a remembered token.
+    const proof = claims.cnf ? await verifyProof(this.settings, request, claims) : undefined;
+    const { client_id, jti, scope: granted } = claims;
+    const reason = `The API wants scope ${scope}, the token has ${JSON.stringify(granted)}.`;
+    check(hasScope(granted, scope), "insufficient_scope", reason, { scope, client_id, jti });
+    // Only now: who may not use the API must not fill the memory of those who may.
+    if (proof) this.#usedProofs.use(client_id, proof);
+    return claims;
+  }
+
+  /** The claims of a token that was accepted before. */
+  #recall(authorization: string): Claims | undefined {
+    const known = this.#remembered.get(authorization);
+    if (known?.keys !== this.issuerKeys.keys || !this.issuerKeys.areKnown) return undefined;
+    // Without leeway: a token that is about to expire is validated again.
+    return known.claims.exp > config.secondsAt(this.settings.clock) ? known.claims : undefined;
+  }
+
+  /** Validates the token of an Authorization field, and remembers it. */
+  async #acceptToken(authorization: string): Promise<Claims> {
+    const presented = presentedToken(authorization);
+    check(presented.kind !== "absent", "no_credentials", "The request has no access token.");
+    const malformed = "The Authorization field has no well-formed access token.";
+    check(presented.kind === "token", "invalid_request", malformed);
+    // If the keys change while the token is verified, the memory of it will not count.
+    const { keys } = this.issuerKeys;
+    const claims = await this.#validateToken(presented.accessToken);
+    const scheme = claims.cnf ? "dpop" : "bearer";
+    const reason = `The token must be sent with scheme ${scheme}, not ${presented.scheme}.`;
+    check(presented.scheme === scheme, "invalid_token", reason, { client_id: claims.client_id });
+    if (authorization.length > 4_096) return claims;
+    this.#remembered.set(authorization, { claims, keys });
+    const [oldest = ""] = this.#remembered.keys();
+    if (this.#remembered.size > 1_000) this.#remembered.delete(oldest);
+    return claims;
+  }
+
+  /** RFC 9068 §4. Rejects with invalid_token for a token that is not valid here. */
+  async #validateToken(accessToken: string): Promise<Claims> {
+    const verifying = jose.jwtVerify<Claims>(accessToken, this.issuerKeys.find, {
+      typ: "at+jwt", // or application/at+jwt
+      algorithms: this.settings.acceptedAlgorithms,
+      issuer: this.settings.issuer,
+      audience: this.settings.resource,
+      requiredClaims: ["exp", "iat"],
+      clockTolerance: config.leewaySeconds,
+      currentDate: new Date(this.settings.clock()),
+    });
+    const { payload, protectedHeader } = await verifying.catch(refuseAs("invalid_token"));
+    // RFC 7515 §4.1.11: no extension is known here. jose would accept b64.
+    check(!protectedHeader.crit, "invalid_token", "The token has a crit header.");
+    check(protectedHeader.kid, "invalid_token", "The token names no kid.");
+    for (const claim of ["sub", "client_id", "jti"])
+      check(config.isText(payload[claim]), "invalid_token", `The token has no text as ${claim}.`);
+    // RFC 7800 §3 has several ways to bind a token; this server knows one.
+    const isKnown = !("cnf" in payload) || config.isText(payload.cnf?.jkt);
+    check(isKnown, "invalid_token", "The token is bound in another way than by jkt.");
+    return deepFreeze(payload);
+  }
+
+  /** Whether this instance should get calls. One without keys looks for them. */
+  health(): Response {
+    if (!this.issuerKeys.areKnown) this.issuerKeys.refreshInBackground();
+    const isReady = this.issuerKeys.areKnown && !this.lifecycle.isStopping;
+    return jsonAnswer(`{"status":"${isReady ? "ok" : "unavailable"}"}`, isReady ? 200 : 503);
+  }
 }
 
-async function validateCall(request: Request, scope: string, field: string, known?: Claims) {
-  const { scheme, accessToken } = presentedToken(field);
-  const before = keySet;
-  const claims = known ?? (await validateToken(accessToken).catch(refuseAs("invalid_token")));
-  const jkt = claims.cnf?.jkt;
-  if (scheme !== (jkt ? "dpop" : "bearer")) throw new Refusal("invalid_token", "the other scheme");
-  if (jkt) await verifyProof(request, accessToken, jkt).catch(refuseAs("invalid_dpop_proof"));
-  // Not if the keys changed meanwhile: the token may be of one that is gone.
-  if (keySet === before && field.length <= 4_096) remembered.set(field, claims);
-  if (remembered.size > 1_000) remembered.delete(remembered.keys().next().value!);
-  if (hasScope(claims, scope)) return claims;
-  const { client_id, jti } = claims;
-  throw new Refusal("insufficient_scope", "not in the token", { scope, client_id, jti });
+type PresentedToken =
+  { kind: "absent" | "malformed" } | { kind: "token"; scheme: string; accessToken: string };
+
+/** RFC 6750 §2.1, RFC 9449 §7.1: the scheme in lower case, for its case does not count. */
+function presentedToken(authorization: string): PresentedToken {
+  const [, scheme, accessToken] = /^(Bearer|DPoP) +([\w.~+/-]+=*)$/i.exec(authorization) ?? [];
+  if (scheme && accessToken) return { kind: "token", scheme: scheme.toLowerCase(), accessToken };
+  // Two fields arrive as one, joined by a comma, so the scheme need not stand at the start.
+  const isOurs = /(^|, *)(Bearer|DPoP)( |$)/i.test(authorization);
+  return { kind: isOurs ? "malformed" : "absent" };
 }
 
-/** RFC 6750 §2.1, RFC 9449 §7.1. */
-function presentedToken(field: string) {
-  const [, scheme, accessToken] = /^(Bearer|DPoP) +([\w.~+/-]+=*)$/i.exec(field) ?? [];
-  if (scheme && accessToken) return { scheme: scheme.toLowerCase(), accessToken };
-  // Two fields arrive as one, joined by a comma.
-  const isOurs = /(^|, *)(Bearer|DPoP)( |$)/i.test(field);
-  throw new Refusal(isOurs ? "invalid_request" : "no_credentials", "no well-formed access token");
+/** Other issuers send a list where RFC 9068 §2.2.3 has a string. */
+function hasScope(granted: unknown, scope: string): boolean {
+  return (config.isText(granted) ? granted.split(" ") : [granted].flat()).includes(scope);
 }
 
-/** RFC 9068 §4. Throws for a token that is not valid here. */
-async function validateToken(accessToken: string): Promise<Claims> {
-  const { payload, protectedHeader } = await jose.jwtVerify<Claims>(accessToken, issuerKey, {
-    typ: "at+jwt", // or application/at+jwt
-    algorithms: acceptedAlgorithms,
-    issuer,
-    audience: resource,
-    requiredClaims: ["exp", "iat"],
-    clockTolerance: leewaySeconds,
-  });
-  if (protectedHeader.crit) throw new Error("crit in the header");
-  const { sub, client_id, jti, cnf } = payload;
-  if (![sub, client_id, jti].every(isText)) throw new Error("no sub, client_id or jti");
-  // Of the ways to bind a token (RFC 7800 §3) this server knows one.
-  if ("cnf" in payload && !cnf?.jkt) throw new Error("bound in an unknown way");
-  return payload;
-}
-
-/** Whether a scope, a string or from other issuers an array, has this one. */
-function hasScope({ scope: granted }: Claims, scope: string): boolean {
-  return (typeof granted === "string" ? granted.split(" ") : [granted].flat()).includes(scope);
+/** A remembered token is used for many calls: what a handler writes must not reach the next one. */
+function deepFreeze<T>(value: T): T {
+  if (typeof value !== "object" || value === null) return value;
+  Object.values(value).forEach(deepFreeze);
+  return Object.freeze(value);
 }
 
 // --- Proof of possession -------------------------------------------------------------------------
 
-const usedProofs = new Set<string>();
-const oldestProof = usedProofs.values(); // goes on where it was: to begin anew costs more and more
-
-/** RFC 9449 §4.3 and §7.1. Throws for a proof that does not fit this request and token. */
-async function verifyProof(request: Request, accessToken: string, boundTo: string): Promise<void> {
-  const proof = request.headers.get("dpop") ?? "";
-  const { payload, protectedHeader } = await jose.jwtVerify(proof, jose.EmbeddedJWK, proofRules);
+/**
+ * RFC 9449 §4.3 and §7.1. Resolves with the identifier of the proof, which may be used once. Rejects
+ * with invalid_dpop_proof for a proof that does not fit this request and its token.
+ */
+async function verifyProof(settings: Settings, request: Request, claims: Claims): Promise<string> {
+  const { client_id, cnf } = claims;
+  const refuseUnless = (holds: unknown, reason: string) =>
+    check(holds, "invalid_dpop_proof", reason, { client_id });
+  const verifying = jose.jwtVerify(request.headers.get("dpop") ?? "", jose.EmbeddedJWK, {
+    typ: "dpop+jwt",
+    algorithms: settings.acceptedAlgorithms,
+    maxTokenAge: config.proofMaxAgeSeconds - config.leewaySeconds, // jose adds the leeway to it
+    clockTolerance: config.leewaySeconds,
+    currentDate: new Date(settings.clock()),
+  });
+  const { payload, protectedHeader } = await verifying.catch(refuseAs("invalid_dpop_proof"));
   const { crit, jwk = {} } = protectedHeader;
-  const { htm, htu, iat = 0, jti, ath } = payload;
-  if (crit) throw new Error("crit in the header");
-  // jose lets an RSA key with p and q pass.
-  if (privateMembers.some((member) => member in jwk)) throw new Error("private key in the header");
-  // Both normalized, as far as `new URL` does it.
-  const [target] = new URL(isText(htu) ? `${htu}` : "").href.split(/[?#]/);
-  const { href } = new URL(resource + pathOf(request));
-  if (htm !== request.method || target !== href) throw new Error("for another request");
-  const age = secondsNow() - iat;
-  if (age > proofMaxAgeSeconds || age < -leewaySeconds) throw new Error("iat too far from now");
-  if (ath !== Bun.SHA256.hash(accessToken, "base64url")) throw new Error("ath of another token");
+  const { htm, htu, jti, ath } = payload;
+  refuseUnless(!crit, "The DPoP proof has a crit header.");
+  // §4.3 (7). jose lets an RSA key with p and q pass.
+  const isPublic = !config.privateMembers.some((member) => member in jwk);
+  refuseUnless(isPublic, "The DPoP proof shows a private key.");
+  // §4.3 (9): without query and fragment, normalized by `new URL`. Our side is the configured URL,
+  // never Host or X-Forwarded-*, which anybody can write.
+  const { href } = new URL(config.pathOf(request, settings.resource) ?? "", settings.resource);
+  const [target] = URL.parse(config.isText(htu) ? htu : "")?.href.split(/[?#]/) ?? [];
+  const reason = `The DPoP proof is for ${JSON.stringify([htm, htu])}, this is ${request.method} ${href}.`;
+  refuseUnless(htm === request.method && target === href, reason);
+  const [, accessToken = ""] = (request.headers.get("authorization") ?? "").split(/ +/);
+  const hash = config.sha256(accessToken, "base64url");
+  refuseUnless(ath === hash, "The ath of the DPoP proof is of another token.");
   const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
-  if (jkt !== boundTo) throw new Error("not the key that the token is bound to");
-  if (!isText(jti)) throw new Error("no jti");
-  const used = Bun.SHA256.hash(JSON.stringify([jkt, href, jti]), "base64url");
-  if (usedProofs.has(used)) throw new Error("jti used before");
-  usedProofs.add(used);
-  // Choice: the oldest is forgotten. To refuse instead would let one caller lock out the others.
-  if (usedProofs.size > 50_000) usedProofs.delete(oldestProof.next().value!);
+  refuseUnless(jkt === cnf?.jkt, "The DPoP proof is by another key than the token is bound to.");
+  refuseUnless(config.isText(jti), "The DPoP proof has no jti.");
+  return config.sha256(JSON.stringify([jkt, href, jti]), "base64url");
+}
+
+/** The proofs that were used, so that none is used twice (RFC 9449 §11.1). */
+class UsedProofs {
+  readonly #byClient = new Map<string, Set<string>>();
+  #count = 0;
+
+  /** Throws a refusal if the proof was used before. */
+  use(client_id: string, proof: string): void {
+    const proofs = this.#byClient.get(client_id) ?? new Set();
+    const isNew = !proofs.has(proof);
+    check(isNew, "invalid_dpop_proof", "The DPoP proof was used before.", { client_id });
+    this.#byClient.set(client_id, proofs.add(proof));
+    this.#count++;
+    if (this.#count > 50_000) this.#forgetOne();
+  }
+
+  /**
+   * Choice: the client with the most proofs loses its oldest. So one that floods forgets its own,
+   * never another's, and nobody is refused because the memory is full.
+   */
+  #forgetOne(): void {
+    let most = new Set<string>();
+    for (const proofs of this.#byClient.values()) if (proofs.size > most.size) most = proofs;
+    const [oldest = ""] = most;
+    most.delete(oldest);
+    this.#count--;
+  }
 }
 
 // --- Keys of the issuer --------------------------------------------------------------------------
 
-let keys: jose.JWK[] = [];
-let keySet: ReturnType<typeof jose.createLocalJWKSet> | undefined;
-let fetching: Promise<void> | undefined;
-let fetchedAt = -Infinity;
+/** The issuer's public keys, found through its metadata and refreshed in the background. */
+class IssuerKeys extends config.RemoteKeys {
+  readonly #log: config.Log;
+  readonly #timer: Timer;
 
-/** The key that a token names; for an unknown one the keys are fetched again. */
-async function issuerKey(header: jose.JWTHeaderParameters, token: jose.FlattenedJWSInput) {
-  if (!header.kid) throw new Error("no kid in the header");
-  if (!keys.some(({ kid }) => kid === header.kid)) await refreshKeys();
-  return await keySet!(header, token);
-}
-
-/** Fetches the keys, once at a time and once per cool-down. Throws if there are none. */
-async function refreshKeys(): Promise<void> {
-  if (!fetching && performance.now() - fetchedAt >= coolDownSeconds * 1000) {
-    fetchedAt = performance.now();
-    fetching = fetchKeys().finally(() => (fetching = undefined));
-    fetching.catch(({ message: reason }: Error) => log("keys not fetched", { reason }));
+  constructor(settings: Settings, log: config.Log) {
+    const { coolDownSeconds, keepKeysSeconds: keepSeconds, refreshSeconds, clock } = settings;
+    // No call waits for newer keys, as long as there are any: the timer fetches them.
+    const rules = { coolDownSeconds, keepSeconds, maxAgeSeconds: keepSeconds };
+    super(async (signal) => await fetchIssuerKeys(settings, signal), rules, clock);
+    this.#log = log;
+    const refresh = () => this.areKnown && this.refreshInBackground();
+    this.#timer = setInterval(refresh, refreshSeconds * 1000).unref();
   }
-  await fetching?.catch(refuseAs("temporarily_unavailable"));
-  if (!keySet) throw new Refusal("temporarily_unavailable", "no keys of the issuer yet");
+
+  refreshInBackground(): void {
+    const logFailure = (error: unknown) =>
+      this.#log.write("keys not fetched", { reason: config.reasonOf(error) });
+    this.refresh().catch(logFailure);
+  }
+
+  close(): void {
+    clearInterval(this.#timer);
+  }
 }
 
-async function fetchKeys(): Promise<void> {
-  const signal = AbortSignal.timeout(5_000);
-  const url = `${issuer}/.well-known/openid-configuration`;
-  const metadata = await boundedFetch(url, { signal }, maxBytes).then(textOf);
-  const { issuer: named, jwks_uri } = JSON.parse(metadata);
-  // RFC 8414 §3.3: the issuer must be identical to the one that was asked; §2: https.
-  if (named !== issuer) throw new Error("metadata of another issuer");
-  requireOrigin("jwks_uri", new URL(jwks_uri).origin);
-  const rest = maxBytes - Buffer.byteLength(metadata);
-  const text = await boundedFetch(jwks_uri, { signal }, rest).then(textOf);
-  const usable: jose.JWK[] = JSON.parse(text).keys.filter(isUsable);
-  if (!usable.length) throw new Error("no usable key in the JWK Set");
-  if (Bun.deepEquals(usable, keys)) return;
-  keys = usable;
-  keySet = jose.createLocalJWKSet({ keys });
-  remembered.clear();
+async function fetchIssuerKeys({ issuer, tls }: Settings, signal: AbortSignal): Promise<unknown> {
+  const metadata = await config.fetchJson(config.metadataUrl(issuer), signal, tls);
+  // RFC 8414 §3.3: the issuer in the metadata MUST be identical to the one that was asked.
+  const named = metadata["issuer"];
+  if (named !== issuer) throw new Error(`The metadata is of issuer ${named}, not ${issuer}.`);
+  const { keys } = await config.fetchJson(String(metadata["jwks_uri"]), signal, tls);
+  return keys;
 }
 
-const isUsable = (jwk?: jose.JWK) => isText(jwk?.kid) && /^(EC|RSA|OKP|AKP)$/.test(`${jwk?.kty}`);
+// --- Metadata and challenges ---------------------------------------------------------------------
 
-const textOf = (answer: Response) =>
-  answer.status === 200 ? answer.text() : Promise.reject(new Error(`status ${answer.status}`));
-
-// --- Routes --------------------------------------------------------------------------------------
-
-/** What GET answers, by path. */
-const documents = new Map<string, (request: Request) => Response | Promise<Response>>([
-  ["/identity", identity],
-  ["/.well-known/oauth-protected-resource", metadata],
-  ["/health", health],
-]);
-
-function route(request: Request) {
-  const document = documents.get(pathOf(request));
-  if (!document) return reply("Not Found", 404);
-  const allowed = request.method === "GET" || request.method === "HEAD";
-  return allowed ? document(request) : reply("Method Not Allowed", 405, { allow: "GET, HEAD" });
-}
-
-/** Cut out by hand, for it is not always part of an absolute URL (HTTP/1.0, CONNECT). */
-const pathOf = ({ url }: Request) => /^(?:https?:\/\/[^/?#]*)?([^?#]*)/.exec(url)![1]!;
-
-function reply(text: string, status = 200, more: Record<string, string> = {}): Response {
-  const headers = status === 200 ? json : { "cache-control": "no-store", ...more };
-  const response = new Response(text, { status, headers });
-  if (lifecycle.stopping) response.headers.set("connection", "close");
-  return response;
-}
-
-/** The challenges of RFC 6750 §3 and RFC 9449 §7.1, the error at the scheme that was used. */
-function refusal(error: Error, request: Request, http: Bun.Server<undefined>, started: number) {
-  const known = error instanceof Refusal ? error : new Refusal("server_error", `${error.stack}`);
-  const { code, message, details } = known;
-  const entry = { address: http.requestIP(request)?.address, ...details, error: code };
-  const milliseconds = Math.round(performance.now() - started);
-  log("call refused", { ...entry, reason: message.slice(0, 2_000), milliseconds });
-  const [status, text] = errors[code];
-  if (status >= 500) return reply(text, status, { "retry-after": `${coolDownSeconds}` });
-  const needed = details.scope ? `, scope="${details.scope}"` : "";
-  const why = `error="${code}", error_description="${text}"${needed}, `;
-  const used = /^dpop/i.test(request.headers.get("authorization") ?? "") ? "DPoP " : "Bearer ";
-  const told = code === "no_credentials" ? challenges : challenges.replace(used, () => used + why);
-  return reply(text, status, { "www-authenticate": told });
-}
-
-function identity(request: Request) {
-  const claims = authorize(request, "api1"); // a copier changes the scope also in metadata()
-  return claims instanceof Promise ? claims.then(show) : show(claims);
-}
-
-const shown = new WeakMap<Claims, string>();
-
-/** The claims as a list, each value a string; the text is kept as long as the claims are. */
-function show(claims: Claims): Response {
-  const text = shown.get(claims) ?? JSON.stringify(Object.entries(claims).flatMap(listed));
-  shown.set(claims, text);
-  return reply(text);
-}
-
-const listed = ([type, value]: [string, unknown]) =>
-  [value].flat().map((v) => ({ type, value: typeof v === "string" ? v : JSON.stringify(v) }));
+const metadataUrlOf = (resource: string) =>
+  config.wellKnownUrl(resource, "oauth-protected-resource");
 
 /** RFC 9728 §2. */
-function metadata(): Response {
-  const document = {
+function metadata({
+  resource,
+  resource_name,
+  issuer,
+  scope,
+  acceptedAlgorithms,
+}: Settings): string {
+  return JSON.stringify({
     resource,
-    resource_name: resourceServer.resource_name,
+    resource_name,
     authorization_servers: [issuer],
-    scopes_supported: ["api1"],
+    scopes_supported: [scope],
     bearer_methods_supported: ["header"],
     dpop_signing_alg_values_supported: acceptedAlgorithms,
-  };
-  return reply(JSON.stringify(document));
+  });
 }
 
-/** Whether this instance should get calls. One without keys looks for them. */
-function health(): Response {
-  if (!keySet) refreshKeys().catch(() => {});
-  if (keySet && !lifecycle.stopping) return reply('{"status":"ok"}');
-  return reply('{"status":"unavailable"}', 503, { "content-type": "application/json" });
+/** A challenge of RFC 9110 §11.6.1: a scheme and its parameters. */
+function challenge(scheme: string, parameters: Record<string, unknown>): string {
+  const list = Object.entries(parameters).map(([name, value]) => `${name}="${value}"`);
+  return `${scheme} ${list.join(", ")}`;
+}
+
+/** RFC 6750 §3, RFC 9449 §7.1, RFC 9728 §5.1; the error stands at the scheme that was used. */
+function challenges(settings: Settings, { code, details }: CallRefusal, usesDpop: boolean): string {
+  const error = { error: code, error_description: errors[code][1] };
+  const scope = code === "insufficient_scope" ? { scope: details["scope"] } : {};
+  // RFC 6750 §3.1: no error where no credentials came.
+  const why = code === "no_credentials" ? {} : { ...error, ...scope };
+  const where = { resource_metadata: metadataUrlOf(settings.resource) };
+  const algs = settings.acceptedAlgorithms.join(" ");
+  const bearer = challenge("Bearer", { ...(usesDpop ? {} : why), ...where });
+  return `${bearer}, ${challenge("DPoP", { ...(usesDpop ? why : {}), algs, ...where })}`;
+}
+
+/** The answer for a caller who is turned away. */
+function refusalAnswer(settings: Settings, request: Request, refusal: CallRefusal): Response {
+  const [status, text] = errors[refusal.code];
+  const headers = new Headers({ "cache-control": "no-store" });
+  const usesDpop = /^dpop/i.test(request.headers.get("authorization") ?? "");
+  if (status === 503) headers.set("retry-after", String(settings.coolDownSeconds));
+  else if (refusal.code !== "malformed_body")
+    headers.set("www-authenticate", challenges(settings, refusal, usesDpop));
+  return new Response(text, { status, headers });
 }
 
 // --- Start ---------------------------------------------------------------------------------------
 
-/** Starts the API, also while the issuer is down. Throws for mistakes in the configuration. */
-export async function start() {
-  requireOrigin("ISSUER", issuer);
-  setInterval(() => keySet && refreshKeys().catch(() => {}), refreshSeconds * 1000).unref();
-  return Bun.serve({
-    ...(await listenOptions("API", requireOrigin("API_URL", resource))),
+/** Logs each call that is refused, and makes the refusal an answer. */
+function refusing(api: ResourceServer, handler: config.Handler): config.Handler {
+  return async (request, server) => {
+    const started = performance.now();
+    try {
+      return await handler(request, server);
+    } catch (error) {
+      if (!(error instanceof CallRefusal)) throw error;
+      const address = server.requestIP(request)?.address;
+      const milliseconds = Math.round(performance.now() - started);
+      const { code, message: reason, details } = error;
+      api.log.write("call refused", { address, ...details, error: code, reason, milliseconds });
+      return refusalAnswer(api.settings, request, error);
+    }
+  };
+}
+
+/** All handlers by method and path, below the path of the resource. */
+function handlers(api: ResourceServer): Map<string, config.Handler> {
+  const { origin, pathname } = new URL(api.settings.resource);
+  const base = pathname === "/" ? "" : pathname;
+  const own = Object.entries(routes(api)).map(
+    ([route, handler]) => [route.replace(" ", ` ${base}`), handler] as const,
+  );
+  const metadataPath = metadataUrlOf(api.settings.resource).slice(origin.length);
+  return new Map(own).set(`GET ${metadataPath}`, () => jsonAnswer(metadata(api.settings)));
+}
+
+/**
+ * Starts the API, also while the issuer is down. Rejects with an Error for a mistake in the
+ * settings. A `resource` with port 0 takes a free port.
+ */
+export async function start(settings = config.resourceServer): Promise<config.RunningServer> {
+  config.parseServerUrl("ISSUER", settings.issuer);
+  const ownUrl = config.parseOwnUrl("API_URL", settings.resource);
+  const server = Bun.serve({
+    ...config.listenOptions("API", ownUrl, settings),
     development: false,
-    maxRequestBodySize: 16_384,
-    // Without a promise where none is needed: most calls come with a token that is remembered.
-    fetch: (request, http) => {
-      const started = performance.now();
-      const answer = route(request);
-      if (!(answer instanceof Promise)) return answer;
-      return answer.catch((error) => refusal(error, request, http, started));
-    },
+    maxRequestBodySize: settings.maxBodyBytes,
+    fetch: (request, http) => api.lifecycle.answer(answer, request, http),
   });
+  const url = config.urlOf(settings.resource, server);
+  const api = new ResourceServer({ ...settings, resource: url });
+  const answer = refusing(api, config.router(url, handlers(api)));
+  const stop = async () => {
+    await api.lifecycle.stop(server, settings.drainSeconds);
+    api.issuerKeys.close();
+  };
+  return { url, server, stop };
 }
 
 if (import.meta.main) {
-  stopOnSignal(await start().catch(fail));
-  console.error(`API: ${resource}`);
+  config.requireBunVersion();
+  const running = await start().catch(config.fail);
+  config.stopOnSignal(running);
+  console.error(`API: ${running.url}`);
 }

@@ -1,0 +1,362 @@
+/**
+ * How a client authenticates with a secret (RFC 6749 §2.3.1): in Basic or in the form, by one way
+ * at a time. Whatever is wrong with it, the answer is the same, and only the log has the reason.
+ */
+
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { type ClientRegistration } from "../../config.ts";
+import { basic, fieldsOf, form, post, raw, refusalOf } from "../support/http.ts";
+import { assertionType, key } from "../support/jwt.ts";
+import { launch } from "../support/programs.ts";
+import { idp as startIdp } from "../support/servers.ts";
+
+const now = 1_800_000_000;
+let at = now;
+const clock = () => at * 1000;
+
+const stored = (text: string, expires_at?: number) => ({
+  sha256: new Bun.CryptoHasher("sha256").update(text).digest("base64"),
+  ...(expires_at !== undefined && { expires_at }),
+});
+
+const secret = "0pen-Sesame";
+const oddId = "käfer & söhne:1";
+const oddSecret = "grün+rot 100%:=&";
+const keyed = await key();
+
+const registration = (client_id: string, ...client_secrets: ReturnType<typeof stored>[]) => ({
+  client_id,
+  client_secrets,
+  grant_types: ["client_credentials"],
+  scope: "api1",
+  access_token_lifetime_seconds: 3600,
+});
+const clients: ClientRegistration[] = [
+  registration("client", stored(secret)),
+  registration("several", stored("1st word"), stored("2nd word", now + 1), stored("3rd word", now)),
+  registration("renewed", stored("same", now), stored("same"), stored("same", now)),
+  registration(oddId, stored(oddSecret)),
+  registration("colon", stored("one:two=three")),
+  registration("space", stored(`${secret} `)),
+  registration("plus", stored("a+b")),
+  registration("percent", stored("100%")),
+  registration("weak", stored("x")),
+  { ...registration("keyed"), jwks: { keys: [keyed.publicJwk] } },
+];
+
+const idp = await startIdp({ clients, clock });
+afterAll(() => idp.stop());
+
+/** What proves who the client is: parameters of the form, or an Authorization field. */
+interface Credentials {
+  authorization?: string;
+  parameters?: string;
+}
+
+const grant = "grant_type=client_credentials";
+const ask = ({ authorization, parameters = "" }: Credentials, endpoint = idp.tokenEndpoint) =>
+  post(endpoint, `${grant}&${parameters}`, authorization === undefined ? {} : { authorization });
+
+/** In the form, form-encoded. */
+const inForm = (client_id: string, client_secret: string) =>
+  only(new URLSearchParams({ client_id, client_secret }).toString());
+/** In Basic, as it is. */
+const inBasic = (id: string, client_secret: string) => field(basic(id, client_secret));
+const only = (parameters: string): Credentials => ({ parameters });
+const field = (authorization: string): Credentials => ({ authorization });
+const both = (authorization: string, parameters: string) => ({ authorization, parameters });
+const base64 = (text: string | Uint8Array) => Buffer.from(text).toString("base64");
+const encodedOdd = "k%C3%A4fer+%26+s%c3%b6hne%3A1";
+const right = basic("client", secret);
+
+// --- Accepted ------------------------------------------------------------------------------------
+
+const accepted: [rule: string, credentials: Credentials][] = [
+  ["RFC 6749 §2.3.1 client_secret_basic", inBasic("client", secret)],
+  ["RFC 6749 §2.3.1 client_secret_post", inForm("client", secret)],
+  ["RFC 9110 §11.1 the scheme in small letters", field(right.replace("Basic", "basic"))],
+  ["RFC 9110 §11.1 the scheme in capitals", field(right.replace("Basic", "BASIC"))],
+  ["RFC 9110 §11.4 several spaces", field(right.replace(" ", "   "))],
+  ["RFC 6749 §2.3.1 Basic, form-encoded", inBasic(encodedOdd, "gr%C3%BCn%2Brot+100%25%3A%3D%26")],
+  ["RFC 6749 §2.3.1 Basic, a space as %20", inBasic(encodedOdd, "gr%C3%BCn%2Brot%20100%25:=&")],
+  ["RFC 7617 §2.1 Basic, UTF-8 as it is", inBasic("käfer+&+söhne%3A1", "grün%2Brot+100%25:=&")],
+  ["RFC 7617 §2 Basic, a colon in the secret", inBasic("colon", "one:two=three")],
+  ["RFC 6749 §2.3.1 Basic, + form-encoded", inBasic("plus", "a%2Bb")],
+  ["RFC 6749 Appendix B post, odd characters", inForm(oddId, oddSecret)],
+  ["RFC 6749 Appendix B post, = as it is", only("client_id=colon&client_secret=one:two=three")],
+  ["RFC 6749 §2.3.1 post, a space at the end", inForm("space", `${secret} `)],
+  ["RFC 6749 §3.2.1 Basic and the same client_id", both(right, "client_id=client")],
+  ["RFC 6749 §3.2 Basic and empty parameters", both(right, "client_id=&client_secret=")],
+  ["RFC 6749 §2.3.1 a weak secret, with a loopback issuer", inForm("weak", "x")],
+  ["RFC 6749 §2.3.1 the first of several secrets", inForm("several", "1st word")],
+  ["RFC 6749 §2.3.1 another, a second before it expires", inForm("several", "2nd word")],
+  ["RFC 6749 §2.3.1 a secret that expired and was registered anew", inForm("renewed", "same")],
+];
+
+for (const [rule, credentials] of accepted)
+  test(`POST /connect/token, ${rule} → 200`, async () =>
+    expect((await ask(credentials)).status).toBe(200));
+
+// --- Not authenticated ---------------------------------------------------------------------------
+
+const notAuthenticated: [rule: string, credentials: Credentials][] = [
+  ["RFC 6749 §3.2.1 no credentials", {}],
+  ["RFC 6749 §3.2.1 client_id alone", only("client_id=client")],
+  ["RFC 6749 §3.2 client_id and an empty secret", inForm("client", "")],
+  ["RFC 6749 §3.2.1 client_secret alone", only(`client_secret=${secret}`)],
+  ["RFC 6749 §5.2 unknown client, in the form", inForm("nobody", secret)],
+  ["RFC 6749 §5.2 unknown client, in Basic", inBasic("nobody", secret)],
+  ["RFC 6749 §5.2 client_id in capitals", inForm("CLIENT", secret)],
+  ["RFC 6749 §5.2 client_id with a space", inForm("client ", secret)],
+  ["RFC 6749 §5.2 client_id __proto__", inForm("__proto__", secret)],
+  ["RFC 6749 §5.2 client_id constructor", inForm("constructor", secret)],
+  ["RFC 6749 §5.2 client_id toString, in Basic", inBasic("toString", secret)],
+  ["RFC 6749 §5.2 wrong secret, in the form", inForm("client", "wrong")],
+  ["RFC 6749 §5.2 wrong secret, in Basic", inBasic("client", "wrong")],
+  ["RFC 6749 §5.2 secret in capitals", inForm("client", secret.toUpperCase())],
+  ["RFC 6749 §5.2 secret with a space", inForm("client", `${secret} `)],
+  ["RFC 6749 §5.2 the beginning of the secret", inForm("client", secret.slice(0, -1))],
+  ["RFC 6749 §5.2 the hash instead of the secret", inForm("client", stored(secret).sha256)],
+  ["RFC 6749 §5.2 the secret of another client", inForm("client", "1st word")],
+  ["RFC 6749 §5.2 none of several secrets", inForm("several", secret)],
+  ["RFC 6749 §5.2 an expired secret, from the second that it names", inForm("several", "3rd word")],
+  ["RFC 6749 §5.2 a client with keys and no secret", inForm("keyed", secret)],
+  ["RFC 6749 §5.2 44 spaces, a client without secrets", inForm("keyed", " ".repeat(44))],
+  ["RFC 6749 §5.2 Bearer alone", field("Bearer token")],
+  ["RFC 6749 §5.2 DPoP alone", field("DPoP token")],
+  ["RFC 6749 §5.2 Digest alone", field('Digest username="a", qop=auth, nc=00000001')],
+  ["RFC 6749 §5.2 Digest alone, a quoted comma", field('Digest username="a, b c", realm="x"')],
+  ["RFC 6749 §5.2 a scheme that ends in Basic", field(`X${right}`)],
+  ["RFC 7617 §2 Basic alone", field("Basic")],
+  ["RFC 7617 §2 Basic without a space", field(right.replace(" ", ""))],
+  ["RFC 7617 §2 something after the credentials", field(`${right} x`)],
+  ["RFC 7617 §2 Basic that is not base64", field(`Basic client:${secret}`)],
+  ["RFC 7617 §2 Basic in base64url", field("Basic Y2xp_W50-A==")],
+  ["RFC 7617 §2 no colon", field(`Basic ${base64("client")}`)],
+  ["RFC 7617 §2 no colon, the secret alone", field(`Basic ${base64(secret)}`)],
+  ["RFC 7617 §2 the colon percent-encoded", field(`Basic ${base64(`client%3A${secret}`)}`)],
+  ["RFC 7617 §2 an empty secret", inBasic("client", "")],
+  ["RFC 7617 §2 an empty client_id", inBasic("", secret)],
+  ["RFC 7617 §2 a NUL", inBasic("client\0", secret)],
+  ["RFC 7617 §2.1 Latin-1", field(`Basic ${base64(Buffer.from("käfer:x", "latin1"))}`)],
+  ["RFC 7617 §2.1 a byte order mark", inBasic("\uFEFFclient", secret)],
+  ["RFC 6749 §2.3.1 a percent-encoded NUL", inBasic("client", `${secret}%00`)],
+  ["RFC 6749 §2.3.1 + as it is", inBasic("plus", "a+b")],
+  ["RFC 6749 §2.3.1 % as it is", inBasic("percent", "100%")],
+  ["RFC 6749 §2.3.1 malformed percent-encoding of the id", inBasic("cl%i", secret)],
+  ["RFC 6749 §2.3.1 percent-encoded bytes that are not UTF-8", inBasic("client", "%FF")],
+  ["RFC 6749 §2.3.1 + at the end of the secret", inBasic("client", `${secret}+`)],
+  ["RFC 7523 §2.2 half an assertion", only(`client_assertion_type=${assertionType}`)],
+];
+
+const challenge = `Basic realm="${idp.url}", charset="UTF-8"`;
+/** The answer to all of them. */
+const same = await ask({});
+
+for (const [rule, credentials] of notAuthenticated)
+  test(`POST /connect/token, ${rule} → 401 invalid_client, as every other`, async () => {
+    const answer = await ask(credentials);
+    expect(refusalOf(answer)).toBe("401 invalid_client");
+    expect(answer.headers.get("www-authenticate")).toBe(challenge);
+    expect(answer.text).toBe(same.text);
+    expect(fieldsOf(answer)).toEqual(fieldsOf(same));
+    const { event, reason } = idp.lines.at(-1)!;
+    expect([event, reason]).toEqual(["token refused", expect.stringMatching(/^[A-Z].{10,}\.$/)]);
+  });
+
+test("POST /connect/token, RFC 6749 §2.3.1 credentials in the query → 401 invalid_client", async () => {
+  const endpoint = `${idp.tokenEndpoint}?client_id=client&client_secret=${secret}`;
+  expect(refusalOf(await ask({}, endpoint))).toBe("401 invalid_client");
+  const answer = await ask(only("client_id=client"), endpoint);
+  expect(refusalOf(answer)).toBe("401 invalid_client");
+});
+
+test("POST /connect/token, RFC 6749 §5.2 → the text of a 401 says who has the reason", () =>
+  expect(same.json.error_description).toMatch(/\blog\b/));
+
+test("POST /connect/token, RFC 6749 §5.2 a secret expires → 401 from that second on", async () => {
+  const statuses = [];
+  for (at of [now, now + 1, now + 2]) {
+    const [first, second] = [inForm("several", "1st word"), inForm("several", "2nd word")];
+    statuses.push((await ask(first)).status, (await ask(second)).status);
+  }
+  at = now;
+  expect(statuses).toEqual([200, 200, 200, 401, 200, 401]);
+});
+
+// --- In two ways at once -------------------------------------------------------------------------
+
+const inPost = `client_id=client&client_secret=${secret}`;
+const wrong = basic("client", "wrong");
+const unknown = basic("nobody", "x");
+
+const contradicting: [rule: string, credentials: Credentials][] = [
+  ["RFC 6749 §2.3 Basic and client_secret", both(right, inPost)],
+  ["RFC 6749 §2.3 Bearer and client_secret", both("Bearer token", inPost)],
+  ["RFC 6749 §2.3 a scheme alone and client_secret", both("x", inPost)],
+  ["RFC 6749 §2.3 malformed Basic and client_secret", both("Basic", inPost)],
+  ["RFC 6749 §2.3 an empty Authorization field and client_secret", both("", inPost)],
+  ["RFC 6749 §2.3 Basic and an assertion", both(right, "client_assertion=x")],
+  ["RFC 6749 §2.3 Basic and the type of an assertion", both(right, "client_assertion_type=x")],
+  ["RFC 6749 §2.3 client_secret, an assertion", only(`${inPost}&client_assertion=x`)],
+  ["RFC 6749 §2.3 two ways of an unknown client", both("x", "client_id=nobody&client_secret=x")],
+  ["RFC 6749 §3.2.1 Basic and another client_id", both(right, "client_id=plus")],
+  ["RFC 6749 §3.2.1 Basic and client_id in capitals", both(right, "client_id=CLIENT")],
+  ["RFC 6749 §3.2.1 a wrong secret and another client_id", both(wrong, "client_id=plus")],
+  ["RFC 6749 §3.2.1 an unknown client and client_id", both(unknown, "client_id=client")],
+];
+
+for (const [rule, credentials] of contradicting)
+  test(`POST /connect/token, ${rule} → 400 invalid_request`, async () => {
+    expect(refusalOf(await ask(credentials))).toBe("400 invalid_request");
+    expect(idp.lines.at(-1)!["reason"]).toMatch(/^[A-Z"c].{10,}\.$/);
+  });
+
+const twoFields: [name: string, one: string, two: string][] = [
+  ["the same Basic twice", right, right],
+  ["Basic, then Bearer", right, "Bearer token"],
+  ["Bearer, then Basic", "Bearer token", right],
+  ["Basic, then a scheme alone", right, "Negotiate"],
+  ["an empty one, then Basic", "", right],
+  ["a scheme with a dot, then Basic", "Foo.Bar x", right],
+  ["Basic, then a scheme of odd letters", right, "!#$%&'*+-.^_`|~1aZ x"],
+  ["Digest, then Basic", 'Digest username="a, b c", realm="x"', right],
+];
+
+for (const [name, one, two] of twoFields)
+  test(`POST /connect/token, RFC 6749 §2.3 two Authorization fields, ${name} → 400 invalid_request`, async () => {
+    const fields = `Host: x\r\nConnection: close\r\nAuthorization: ${one}\r\nAuthorization: ${two}`;
+    const head = `POST /connect/token HTTP/1.1\r\n${fields}\r\nContent-Type: ${form}`;
+    const answer = await raw(idp.url, `${head}\r\nContent-Length: ${grant.length}\r\n\r\n${grant}`);
+    expect(answer).toStartWith("HTTP/1.1 400 ");
+    expect(answer).toContain('"invalid_request"');
+    expect(answer.toLowerCase()).not.toContain("www-authenticate");
+  });
+
+// --- A public issuer -----------------------------------------------------------------------------
+
+describe("a public issuer", () => {
+  const long = "exactly+thirty-two-characters%ok";
+  const wide = "ä".repeat(31);
+  const issuer = "https://auth.example.com";
+  let server: Awaited<ReturnType<typeof startIdp>>;
+  let endpoint: string;
+  let made: string[][];
+
+  beforeAll(async () => {
+    const programs = [1, 2].map(() => launch("idp", { arguments: ["--new-secret"] }));
+    expect(await Promise.all(programs.map((program) => program.ended()))).toEqual([0, 0]);
+    made = programs.map(({ stdout }) => /^secret: (.*)\nsha256: (.*)\n$/.exec(stdout)!.slice(1));
+    const secrets = [long, long.slice(1), wide].map((text) => stored(text));
+    const clients = [registration("client", ...secrets, { sha256: made[0]![1]! })];
+    server = await startIdp({ issuer, listen: "127.0.0.1:0", clients, clock });
+    endpoint = `http://127.0.0.1:${server.server.port}/connect/token`;
+  });
+  afterAll(() => server.stop());
+
+  test("bun run secret → 32 random bytes in base64url, and the hash for the registration", async () => {
+    for (const [text, sha256] of made) {
+      expect(text).toMatch(/^[\w-]{43}$/);
+      expect(sha256).toBe(stored(text!).sha256);
+    }
+    expect(made[0]).not.toEqual(made[1]!);
+    expect((await ask(inBasic("client", made[0]![0]!), endpoint)).status).toBe(200);
+  });
+
+  test("POST /connect/token, RFC 6749 §2.3.1 a secret of 32 characters → 200", async () => {
+    expect((await ask(inForm("client", long), endpoint)).status).toBe(200);
+    expect((await ask(inBasic("client", encodeURIComponent(long)), endpoint)).status).toBe(200);
+  });
+
+  const short = long.slice(1);
+  const refused: [rule: string, credentials: Credentials, reason: RegExp][] = [
+    ["a right one of 31 characters, post", inForm("client", short), /32/],
+    ["the same, in Basic", inBasic("client", encodeURIComponent(short)), /32/],
+    ["a right one of 62 bytes and 31 characters", inForm("client", wide), /32/],
+    ["a short one of an unknown client", inForm("nobody", "x"), /32/],
+    ["a wrong one of 32 characters", inForm("client", long.toUpperCase()), /wrong/],
+    ["a right one, not form-encoded in Basic", inBasic("client", long), /form-encoded/],
+  ];
+  for (const [rule, credentials, reason] of refused)
+    test(`POST /connect/token, RFC 6749 §2.3.1 ${rule} → 401 invalid_client`, async () => {
+      const answer = await ask(credentials, endpoint);
+      expect(refusalOf(answer)).toBe("401 invalid_client");
+      expect(answer.text).toBe(same.text);
+      const realm = `Basic realm="${issuer}", charset="UTF-8"`;
+      expect(answer.headers.get("www-authenticate")).toBe(realm);
+      expect(server.lines.at(-1)!["reason"]).toMatch(reason);
+    });
+});
+
+// --- The log -------------------------------------------------------------------------------------
+
+describe("log", () => {
+  /** The word is what an operator must know; the client is named once its secret was looked at. */
+  const kinds: [kind: string, credentials: Credentials, word: RegExp, client_id?: string][] = [
+    ["no credentials", {}, /no credentials/],
+    ["an unknown client", inForm("nobody", "x"), /unknown/],
+    ["a wrong secret", inBasic("client", "wrong"), /wrong/, "client"],
+    ["an expired secret", inForm("several", "3rd word"), /expired/, "several"],
+    ["a client without secrets", inForm("keyed", "x"), /wrong/, "keyed"],
+    ["a right secret with a raw +", inBasic("plus", "a+b"), /form-encoded/, "plus"],
+    ["a right secret with a raw %", inBasic("percent", "100%"), /form-encoded/, "percent"],
+    ["a wrong secret with a raw +", inBasic("plus", "b+a"), /wrong/, "plus"],
+    ["a wrong secret with a raw %", inBasic("percent", "99%"), /wrong/, "percent"],
+    ["an unknown client with a raw +", inBasic("nobody", "a+b"), /unknown/],
+    ["another scheme", field("Bearer token"), /Authorization/],
+    ["Basic that is not base64", field("Basic ???"), /base64/],
+    ["Basic without a colon", field(`Basic ${base64("client")}`), /Basic/],
+    ["a malformed id in Basic", inBasic("%", secret), /Basic/],
+    ["two ways", both(right, inPost), /more than one/],
+    ["two ids", both(right, "client_id=plus"), /differ/],
+  ];
+
+  for (const [kind, credentials, word, client_id] of kinds)
+    test(`RFC 6749 §2.3.1 ${kind} → the reason, and whose request it was`, async () => {
+      await ask(credentials);
+      const line = idp.lines.at(-1)!;
+      expect(line["reason"]).toMatch(word);
+      if (client_id || word.source === "unknown") expect(line["client_id"]).toBe(client_id);
+    });
+
+  test("an unknown client_id may be a secret, or a forged line → nothing of it", async () => {
+    for (const id of [secret, '\n{"event":"token issued"}\n', '","event":"token issued","x":"']) {
+      const before = idp.lines.length;
+      await ask(inForm(id, "x"));
+      await ask(inBasic(encodeURIComponent(id), "x"));
+      expect(idp.lines).toHaveLength(before + 2);
+      const [one, two] = idp.lines.slice(-2).map(({ time, milliseconds, ...line }) => line);
+      expect(one).toEqual(two!);
+      const { reason, ...said } = one!;
+      const who = { event: "token refused", address: "127.0.0.1" };
+      expect(said).toEqual({ ...who, error: "invalid_client" });
+      expect(reason).not.toContain(id);
+    }
+  });
+
+  test("a reason is cut at 2,000 characters", async () => {
+    // An assertion with a crit header (RFC 7515 §4.1.11) that the reason repeats.
+    const part = (value: object) => Buffer.from(JSON.stringify(value)).toString("base64url");
+    const name = "x".repeat(3_000);
+    const header = part({ alg: "ES256", crit: [name], [name]: 1 });
+    const client_assertion = `${header}.${part({ sub: "keyed" })}.x`;
+    const parameters = `client_assertion_type=${assertionType}&client_assertion=${client_assertion}`;
+    expect(refusalOf(await ask({ parameters }))).toBe("401 invalid_client");
+    expect(idp.lines.at(-1)!["reason"].length).toBeLessThanOrEqual(2_000);
+  });
+
+  test("no secret, no credentials and no token in any form", async () => {
+    const tokens: string[] = [];
+    for (const [, credentials] of [...accepted, ...notAuthenticated, ...contradicting]) {
+      const { json } = await ask(credentials);
+      if (json.access_token) tokens.push(...json.access_token.split("."));
+    }
+    const secrets = [secret, oddSecret, "one:two=three", "a+b", "100%", "2nd word", "3rd word"];
+    const shown = secrets.flatMap((text) => [text, encodeURIComponent(text), base64(text)]);
+    const hashes = secrets.map((text) => stored(text).sha256);
+    const log = JSON.stringify(idp.lines);
+    const all = [...shown, ...hashes, ...tokens, right];
+    expect(all.filter((text) => log.includes(text))).toEqual([]);
+    expect(tokens).toHaveLength(3 * accepted.length);
+  });
+});
