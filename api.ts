@@ -43,10 +43,12 @@ function check(holds: unknown, code: ErrorCode, reason: string, details = {}): a
   if (!holds) throw new CallRefusal(code, reason, details);
 }
 
-/** For what jose throws: makes it a refusal with this code. */
-const refuseAs = (code: ErrorCode) => (error: unknown) => {
-  const isAway = error instanceof config.KeysUnavailable;
-  throw new CallRefusal(isAway ? "temporarily_unavailable" : code, config.reasonOf(error));
+/** For what jose throws about a thing: makes it a refusal with this code. */
+const refuseAs = (code: ErrorCode, thing: string) => (error: unknown) => {
+  const reason = config.reasonOf(error);
+  if (error instanceof config.KeysUnavailable)
+    throw new CallRefusal("temporarily_unavailable", reason);
+  throw new CallRefusal(code, `${thing} is not valid: ${reason}.`);
 };
 
 // --- Routes --------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ const routes = (api: ResourceServer): Record<string, config.Handler> => ({
 
 /** The JSON body of a request, for a POST. Rejects with a refusal, status 400, if it is malformed. */
 export async function jsonBody(request: Request): Promise<unknown> {
-  return await request.json().catch(refuseAs("malformed_body"));
+  return await request.json().catch(refuseAs("malformed_body", "The body"));
 }
 
 function jsonAnswer(text: string, status = 200): Response {
@@ -159,7 +161,9 @@ class ResourceServer {
       clockTolerance: config.leewaySeconds,
       currentDate: new Date(this.settings.clock()),
     });
-    const { payload, protectedHeader } = await verifying.catch(refuseAs("invalid_token"));
+    const { payload, protectedHeader } = await verifying.catch(
+      refuseAs("invalid_token", "The access token"),
+    );
     // RFC 7515 §4.1.11: no extension is known here. jose would accept b64.
     check(!protectedHeader.crit, "invalid_token", "The token has a crit header.");
     check(protectedHeader.kid, "invalid_token", "The token names no kid.");
@@ -220,7 +224,9 @@ async function verifyProof(settings: Settings, request: Request, claims: Claims)
     clockTolerance: config.leewaySeconds,
     currentDate: new Date(settings.clock()),
   });
-  const { payload, protectedHeader } = await verifying.catch(refuseAs("invalid_dpop_proof"));
+  const { payload, protectedHeader } = await verifying.catch(
+    refuseAs("invalid_dpop_proof", "The DPoP proof"),
+  );
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, jti, ath } = payload;
   refuseUnless(!crit, "The DPoP proof has a crit header.");

@@ -79,7 +79,8 @@ export class TokenSource {
    * one is requested for all who wait. Rejects with a StepError, which is not remembered.
    */
   async accessToken(): Promise<TokenResponse> {
-    if (this.#current && Date.now() < this.#current.renewAt) return this.#current.response;
+    if (this.#current && this.#settings.clock() < this.#current.renewAt)
+      return this.#current.response;
     this.#requesting ??= this.#request().finally(() => (this.#requesting = undefined));
     return await this.#requesting;
   }
@@ -100,7 +101,7 @@ export class TokenSource {
     const isStream = Symbol.asyncIterator in Object(request.body);
     const used = await this.accessToken();
     const answer = await this.#call(url, request, used);
-    const error = challengeError(answer);
+    const error = answer.status === 401 ? challengeError(answer) : "";
     if (isStream || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
     // RFC 9449 §9: the API wants its nonce in the proof. Else the token is at an end, unless somebody
     // else has renewed it meanwhile.
@@ -127,7 +128,7 @@ export class TokenSource {
     config.parseServerUrl("ISSUER", this.#settings.issuer);
     config.parseServerUrl("API_URL", this.#settings.resource);
     const url = await discoverTokenEndpoint(this.#settings);
-    const started = Date.now();
+    const started = this.#settings.clock();
     let answer = await this.#post(url);
     // RFC 9449 §8: the server wants its nonce in the proof, and has sent it along.
     const wantsNonce =

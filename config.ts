@@ -126,6 +126,7 @@ export const client = {
   /** Binds the tokens to a key of this process (RFC 9449). */
   dpop: !["", "0"].includes(env["DPOP"] ?? ""),
   tls,
+  clock: () => Date.now(),
   /** The first proxy variable that is set, for a hint when a connection fails. */
   proxyVariable: ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"].find((name) => env[name]),
 };
@@ -195,7 +196,9 @@ export function parseServerUrl(setting: string, value: string): URL {
   if (!url) throw new Error(`${setting} is not a URL. Write for example https://auth.example.com.`);
   const plain = withoutSlash(`${url.origin}${url.pathname}`);
   if (url.protocol !== "https:" && !(url.protocol === "http:" && isLoopback(url)))
-    throw new Error(`${setting} must be https, or http on a loopback host, but is ${plain}.`);
+    throw new Error(
+      `${setting} must be https, or http on a loopback host, not ${url.protocol}//${url.host}.`,
+    );
   if (withoutSlash(value) !== plain)
     throw new Error(`${setting} must be a host and a path alone. Write ${plain}.`);
   return url;

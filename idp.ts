@@ -72,10 +72,12 @@ function check(holds: unknown, code: ErrorCode, reason: string): asserts holds {
   if (!holds) throw new TokenRefusal(code, reason);
 }
 
-/** For what jose throws: makes it a refusal with this code. */
-const refuseAs = (code: ErrorCode) => (error: unknown) => {
-  const isAway = error instanceof config.KeysUnavailable;
-  throw new TokenRefusal(isAway ? "temporarily_unavailable" : code, config.reasonOf(error));
+/** For what jose throws about a thing: makes it a refusal with this code. */
+const refuseAs = (code: ErrorCode, thing: string) => (error: unknown) => {
+  const reason = config.reasonOf(error);
+  if (error instanceof config.KeysUnavailable)
+    throw new TokenRefusal("temporarily_unavailable", reason);
+  throw new TokenRefusal(code, `${thing} is not valid: ${reason}.`);
 };
 
 // --- Token endpoint ------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ function refusalAnswer(issuer: string, code: ErrorCode): Response {
 
 /** The steps of a token request, each of which refuses what it finds wrong. */
 async function grant(server: Server, request: Request) {
-  const body = await request.text().catch(refuseAs("invalid_request"));
+  const body = await request.text().catch(refuseAs("invalid_request", "The body"));
   const form = parseForm(request.headers.get("content-type"), body);
   const credentials = presentedCredentials(request.headers.get("authorization"), form.parameters);
   const client = server.clients.get(credentials.client_id);
@@ -360,7 +362,9 @@ async function verifyAssertion(server: Server, client: Client, assertion: string
     clockTolerance: config.leewaySeconds,
     currentDate: new Date(clock()),
   });
-  const { payload, protectedHeader } = await verifying.catch(refuseAs("invalid_client"));
+  const { payload, protectedHeader } = await verifying.catch(
+    refuseAs("invalid_client", "The assertion"),
+  );
   const isNamed = protectedHeader.kid || publicKeys.count() === 1;
   check(isNamed, "invalid_client", "The assertion does not say which of several keys it is by.");
   checkAssertion(server.settings, payload, protectedHeader);
@@ -416,7 +420,7 @@ async function verifyProof({ settings, tokenEndpoint, keyStore }: Server, proof:
     clockTolerance: config.leewaySeconds,
     currentDate: new Date(settings.clock()),
   });
-  const { payload, protectedHeader } = await verifying.catch(refuseAs(code));
+  const { payload, protectedHeader } = await verifying.catch(refuseAs(code, "The DPoP proof"));
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti } = payload;
   check(!crit, code, "The DPoP proof has a crit header.");
@@ -938,7 +942,7 @@ function checkClient(client: config.ClientRegistration, settings: Settings): voi
     [isAccepted, "token_endpoint_auth_signing_alg is not in acceptedAlgorithms"],
     [isLifetime, "access_token_lifetime_seconds must be 1 to signingKeys.retentionSeconds"],
   ]);
-  if (jwks_uri) config.parseServerUrl(`config.ts: ${field}jwks_uri`, jwks_uri);
+  if (jwks_uri) config.parseServerUrl(`config.ts: ${field}jwks_uri`, jwks_uri.split("?")[0] ?? "");
   for (const { sha256, expires_at = 0 } of client_secrets)
     requireAll(`${field}client_secrets: `, [
       [/^[A-Za-z0-9+/]{43}=$/.test(sha256), "sha256 must be a SHA-256 in base64"],

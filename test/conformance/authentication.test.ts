@@ -3,8 +3,8 @@
  * at a time. Whatever is wrong with it, the answer is the same, and only the log has the reason.
  */
 
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { type ClientRegistration } from "../../config.ts";
+import { afterAll, describe, expect, test } from "bun:test";
+import { authorizationServer, type ClientRegistration } from "../../config.ts";
 import { basic, fieldsOf, form, post, raw, refusalOf } from "../support/http.ts";
 import { assertionType, key } from "../support/jwt.ts";
 import { launch } from "../support/programs.ts";
@@ -24,13 +24,10 @@ const oddId = "käfer & söhne:1";
 const oddSecret = "grün+rot 100%:=&";
 const keyed = await key();
 
-const registration = (client_id: string, ...client_secrets: ReturnType<typeof stored>[]) => ({
-  client_id,
-  client_secrets,
-  grant_types: ["client_credentials"],
-  scope: "api1",
-  access_token_lifetime_seconds: 3600,
-});
+const [client] = authorizationServer.clients;
+const registration = (client_id: string, ...client_secrets: ReturnType<typeof stored>[]) => {
+  return { ...client!, client_id, client_secrets };
+};
 const clients: ClientRegistration[] = [
   registration("client", stored(secret)),
   registration("several", stored("1st word"), stored("2nd word", now + 1), stored("3rd word", now)),
@@ -99,6 +96,11 @@ for (const [rule, credentials] of accepted)
 
 // --- Not authenticated ---------------------------------------------------------------------------
 
+const part = (value: object) => Buffer.from(JSON.stringify(value)).toString("base64url");
+const unsigned = (header: object, sub: string) =>
+  `client_assertion_type=${assertionType}&client_assertion=${part(header)}.${part({ sub })}.x`;
+const ofNobody = unsigned({ alg: "ES256" }, "nobody");
+
 const notAuthenticated: [rule: string, credentials: Credentials][] = [
   ["RFC 6749 §3.2.1 no credentials", {}],
   ["RFC 6749 §3.2.1 client_id alone", only("client_id=client")],
@@ -109,11 +111,9 @@ const notAuthenticated: [rule: string, credentials: Credentials][] = [
   ["RFC 6749 §5.2 client_id in capitals", inForm("CLIENT", secret)],
   ["RFC 6749 §5.2 client_id with a space", inForm("client ", secret)],
   ["RFC 6749 §5.2 client_id __proto__", inForm("__proto__", secret)],
-  ["RFC 6749 §5.2 client_id constructor", inForm("constructor", secret)],
   ["RFC 6749 §5.2 client_id toString, in Basic", inBasic("toString", secret)],
   ["RFC 6749 §5.2 wrong secret, in the form", inForm("client", "wrong")],
   ["RFC 6749 §5.2 wrong secret, in Basic", inBasic("client", "wrong")],
-  ["RFC 6749 §5.2 secret in capitals", inForm("client", secret.toUpperCase())],
   ["RFC 6749 §5.2 secret with a space", inForm("client", `${secret} `)],
   ["RFC 6749 §5.2 the beginning of the secret", inForm("client", secret.slice(0, -1))],
   ["RFC 6749 §5.2 the hash instead of the secret", inForm("client", stored(secret).sha256)],
@@ -123,7 +123,6 @@ const notAuthenticated: [rule: string, credentials: Credentials][] = [
   ["RFC 6749 §5.2 a client with keys and no secret", inForm("keyed", secret)],
   ["RFC 6749 §5.2 44 spaces, a client without secrets", inForm("keyed", " ".repeat(44))],
   ["RFC 6749 §5.2 Bearer alone", field("Bearer token")],
-  ["RFC 6749 §5.2 DPoP alone", field("DPoP token")],
   ["RFC 6749 §5.2 Digest alone", field('Digest username="a", qop=auth, nc=00000001')],
   ["RFC 6749 §5.2 Digest alone, a quoted comma", field('Digest username="a, b c", realm="x"')],
   ["RFC 6749 §5.2 a scheme that ends in Basic", field(`X${right}`)],
@@ -146,6 +145,8 @@ const notAuthenticated: [rule: string, credentials: Credentials][] = [
   ["RFC 6749 §2.3.1 malformed percent-encoding of the id", inBasic("cl%i", secret)],
   ["RFC 6749 §2.3.1 percent-encoded bytes that are not UTF-8", inBasic("client", "%FF")],
   ["RFC 6749 §2.3.1 + at the end of the secret", inBasic("client", `${secret}+`)],
+  ["RFC 7617 §2 malformed Basic and client_id", both("Basic", "client_id=client")],
+  ["RFC 7523 §3 an assertion of an unknown client", only(ofNobody)],
   ["RFC 7523 §2.2 half an assertion", only(`client_assertion_type=${assertionType}`)],
 ];
 
@@ -235,26 +236,22 @@ for (const [name, one, two] of twoFields)
 
 // --- A public issuer -----------------------------------------------------------------------------
 
-describe("a public issuer", () => {
+describe("a public issuer", async () => {
   const long = "exactly+thirty-two-characters%ok";
   const wide = "ä".repeat(31);
   const issuer = "https://auth.example.com";
-  let server: Awaited<ReturnType<typeof startIdp>>;
-  let endpoint: string;
-  let made: string[][];
-
-  beforeAll(async () => {
-    const programs = [1, 2].map(() => launch("idp", { arguments: ["--new-secret"] }));
-    expect(await Promise.all(programs.map((program) => program.ended()))).toEqual([0, 0]);
-    made = programs.map(({ stdout }) => /^secret: (.*)\nsha256: (.*)\n$/.exec(stdout)!.slice(1));
-    const secrets = [long, long.slice(1), wide].map((text) => stored(text));
-    const clients = [registration("client", ...secrets, { sha256: made[0]![1]! })];
-    server = await startIdp({ issuer, listen: "127.0.0.1:0", clients, clock });
-    endpoint = `http://127.0.0.1:${server.server.port}/connect/token`;
-  });
+  const programs = [1, 2].map(() => launch("idp", { arguments: ["--new-secret"] }));
+  const codes = await Promise.all(programs.map((program) => program.ended()));
+  const printed = /^secret: (.*)\nsha256: (.*)\n$/;
+  const made = programs.map(({ stdout }) => printed.exec(stdout)?.slice(1) ?? []);
+  const secrets = [long, long.slice(1), wide].map((text) => stored(text));
+  const clients = [registration("client", ...secrets, { sha256: made[0]![1]! })];
+  const server = await startIdp({ issuer, listen: "127.0.0.1:0", clients, clock });
+  const endpoint = `http://127.0.0.1:${server.server.port}/connect/token`;
   afterAll(() => server.stop());
 
   test("bun run secret → 32 random bytes in base64url, and the hash for the registration", async () => {
+    expect(codes).toEqual([0, 0]);
     for (const [text, sha256] of made) {
       expect(text).toMatch(/^[\w-]{43}$/);
       expect(sha256).toBe(stored(text!).sha256);
@@ -305,6 +302,7 @@ describe("log", () => {
     ["an unknown client with a raw +", inBasic("nobody", "a+b"), /unknown/],
     ["another scheme", field("Bearer token"), /Authorization/],
     ["Basic that is not base64", field("Basic ???"), /base64/],
+    ["Basic that is not UTF-8", field(`Basic ${base64(new Uint8Array([255, 58]))}`), /UTF-8/],
     ["Basic without a colon", field(`Basic ${base64("client")}`), /Basic/],
     ["a malformed id in Basic", inBasic("%", secret), /Basic/],
     ["two ways", both(right, inPost), /more than one/],
@@ -336,11 +334,8 @@ describe("log", () => {
 
   test("a reason is cut at 2,000 characters", async () => {
     // An assertion with a crit header (RFC 7515 §4.1.11) that the reason repeats.
-    const part = (value: object) => Buffer.from(JSON.stringify(value)).toString("base64url");
     const name = "x".repeat(3_000);
-    const header = part({ alg: "ES256", crit: [name], [name]: 1 });
-    const client_assertion = `${header}.${part({ sub: "keyed" })}.x`;
-    const parameters = `client_assertion_type=${assertionType}&client_assertion=${client_assertion}`;
+    const parameters = unsigned({ alg: "ES256", crit: [name], [name]: 1 }, "keyed");
     expect(refusalOf(await ask({ parameters }))).toBe("401 invalid_client");
     expect(idp.lines.at(-1)!["reason"].length).toBeLessThanOrEqual(2_000);
   });

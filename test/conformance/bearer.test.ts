@@ -6,17 +6,13 @@ import { join } from "node:path";
 import { afterAll, describe, expect, test } from "bun:test";
 import * as jose from "jose";
 import { start } from "../../api.ts";
-import { resourceServer, type ResourceServerSettings } from "../../config.ts";
+import { resourceServer, type ResourceServerSettings as Settings } from "../../config.ts";
 import { type Answer, basic, challenges, raw, send } from "../support/http.ts";
 import { accessToken, Issuer, type Key, key, proof, secondsNow } from "../support/jwt.ts";
 import { root, temporaryDirectory } from "../support/programs.ts";
 
-const [signer, stranger, rsa, es384] = await Promise.all([
-  key("ES256", "key"),
-  key("ES256", "stranger"),
-  key("RS256", "rsa"),
-  key("ES384", "es384"),
-]);
+const [signer, stranger] = [await key("ES256", "key"), await key("ES256", "stranger")];
+const [rsa, es384] = [await key("RS256", "rsa"), await key("ES384", "es384")];
 
 /** The clock of the API stands still, in the last millisecond of a second. */
 const now = secondsNow();
@@ -32,11 +28,7 @@ function issuerOf(keys: Key[]): Issuer {
 }
 
 /** An API, of api.ts or of a copy; `lines` is its log. */
-async function apiOf(
-  issuer: string,
-  changes: Partial<ResourceServerSettings> = {},
-  startApi = start,
-) {
+async function apiOf(issuer: string, changes: Partial<Settings> = {}, startApi = start) {
   const lines: Record<string, any>[] = [];
   const log = { write: (line: string) => lines.push(JSON.parse(line)), flush: () => 0 };
   const own = { resource: "http://127.0.0.1:0", issuer, drainSeconds: 0, clock, log };
@@ -68,12 +60,17 @@ const bearer = async (presented: string | Promise<string>, url = identity) =>
 
 const algs = resourceServer.acceptedAlgorithms.join(" ");
 
+const fields = ({ status, headers }: Answer, ...names: string[]) => [
+  status,
+  ...names.map((name) => headers.get(name)),
+];
+
 /** Compares an answer whole: status, challenges of both schemes, and the fields around them. */
 function expectRefusal(
   answer: Answer,
   status: number,
   error?: string,
-  { scheme = "bearer", scope }: { scheme?: string; scope?: string } = {},
+  { scheme = "bearer", scope = "" } = {},
 ) {
   const found = challenges(answer);
   const where = { resource_metadata: `${aud}/.well-known/oauth-protected-resource` };
@@ -93,22 +90,18 @@ function expectRefusal(
 
 /** RFC 9110 §15.6.4: the caller shall keep the token and come again. */
 function expectUnavailable(answer: Answer, retryAfter = "5") {
-  const seen = ["retry-after", "cache-control", "www-authenticate"].map((name) =>
-    answer.headers.get(name),
-  );
-  expect([answer.status, ...seen]).toEqual([503, retryAfter, "no-store", null]);
+  const seen = fields(answer, "retry-after", "cache-control", "www-authenticate");
+  expect(seen).toEqual([503, retryAfter, "no-store", null]);
   expect(answer.text).toMatch(/^[ -~]{10,}$/);
 }
 
-const expectJson = ({ status, headers }: Answer) =>
-  expect([status, headers.get("content-type"), headers.get("cache-control")]).toEqual([
-    200,
-    "application/json",
-    "no-store",
-  ]);
+function expectJson(answer: Answer) {
+  const expected = [200, "application/json", "no-store"];
+  expect(fields(answer, "content-type", "cache-control")).toEqual(expected);
+}
 
 /** An issuer, an API that trusts it, and a clock that a test can move. */
-async function trial(changes: Partial<ResourceServerSettings> = {}, startApi = start) {
+async function trial(changes: Partial<Settings> = {}, startApi = start) {
   const issuer = issuerOf([signer]);
   const time = { ms: clock() };
   const settings = { clock: () => time.ms, ...changes };
@@ -200,16 +193,16 @@ describe("GET /identity", () => {
   malformed("two schemes, the second without a token", () => "Basic eA==, DPoP");
 
   const head = "GET /identity HTTP/1.1\r\nHost: api\r\nConnection: close\r\n";
-  const fields = (name: string, status: number, ...schemes: string[]) =>
+  const several = (name: string, status: number, ...schemes: string[]) =>
     test(`RFC 6750 §3.1 ${name} → ${status}`, async () => {
       const valid = await token();
       const lines = schemes.map((scheme) => `Authorization: ${scheme} ${valid}\r\n`).join("");
       expect(await raw(aud, `${head}${lines}\r\n`)).toStartWith(`HTTP/1.1 ${status} `);
     });
-  fields("one field", 200, "Bearer");
-  fields("two Bearer fields", 400, "Bearer", "Bearer");
-  fields("a Bearer and a DPoP field", 400, "Bearer", "DPoP");
-  fields("a Basic and a Bearer field", 400, "Basic", "Bearer");
+  several("one field", 200, "Bearer");
+  several("two Bearer fields", 400, "Bearer", "Bearer");
+  several("a Bearer and a DPoP field", 400, "Bearer", "DPoP");
+  several("a Basic and a Bearer field", 400, "Basic", "Bearer");
 
   test("RFC 6750 §2 a token in the query, a body or a cookie is never looked at", async () => {
     const valid = await token();
@@ -511,25 +504,20 @@ describe("GET /.well-known/oauth-protected-resource", () => {
 
 describe("routes", () => {
   const documents = ["/identity", "/.well-known/oauth-protected-resource", "/health"];
-  const fields = ({ status, headers }: Answer) => {
-    const names = ["allow", "cache-control", "www-authenticate"];
-    return [status, ...names.map((name) => headers.get(name))];
-  };
+  const known = ["allow", "cache-control", "www-authenticate"];
 
   for (const path of documents) {
     test(`RFC 9110 §9.3.2 HEAD ${path} → as GET, without a body`, async () => {
       const headers = { authorization: `Bearer ${await token()}` };
-      const [head, get] = [
-        await send(aud + path, { method: "HEAD", headers }),
-        await send(aud + path, { headers }),
-      ];
+      const head = await send(aud + path, { method: "HEAD", headers });
+      const get = await send(aud + path, { headers });
       expectJson(head);
       expect([head.text, head.headers.get("content-length")]).toEqual(["", `${get.text.length}`]);
     });
     for (const method of ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
       test(`RFC 9110 §15.5.6 ${method} ${path} → 405 with Allow`, async () => {
         const answer = await send(aud + path, { method });
-        expect(fields(answer)).toEqual([405, "GET, HEAD", "no-store", null]);
+        expect(fields(answer, ...known)).toEqual([405, "GET, HEAD", "no-store", null]);
       });
   }
 
@@ -545,8 +533,10 @@ describe("routes", () => {
   ];
   for (const path of elsewhere)
     test(`RFC 9110 §15.5.5 GET and POST ${path} → 404`, async () => {
-      for (const method of ["GET", "POST"])
-        expect(fields(await send(aud + path, { method }))).toEqual([404, null, "no-store", null]);
+      for (const method of ["GET", "POST"]) {
+        const answer = await send(aud + path, { method });
+        expect(fields(answer, ...known)).toEqual([404, null, "no-store", null]);
+      }
     });
 
   const close = "Connection: close\r\n\r\n";
@@ -554,17 +544,11 @@ describe("routes", () => {
     test(`RFC 9112 §3.2 ${name} → ${status}`, async () =>
       expect(await raw(aud, request)).toStartWith(`HTTP/1.1 ${status} `));
   targets("HTTP/1.0 without Host", 200, "GET /health HTTP/1.0\r\n\r\n");
-  targets("HTTP/1.0 with a query", 200, "GET /health?x=/y#z HTTP/1.0\r\n\r\n");
   targets("HTTP/1.0 without a token", 401, "GET /identity HTTP/1.0\r\n\r\n");
   targets("HTTP/1.0 elsewhere", 404, "GET /x HTTP/1.0\r\n\r\n");
   targets("a whole URL", 200, `GET http://other.example/health HTTP/1.1\r\nHost: a\r\n${close}`);
-  targets("a whole https URL", 200, `GET https://a/health HTTP/1.1\r\nHost: a\r\n${close}`);
-  targets("a URL in capitals", 200, `GET HTTP://A/health HTTP/1.1\r\nHost: a\r\n${close}`);
   targets("two slashes", 404, `GET //health HTTP/1.1\r\nHost: a\r\n${close}`);
-  targets("a query alone", 404, `GET /?/health HTTP/1.1\r\nHost: a\r\n${close}`);
   targets("an odd Host", 200, `GET /health HTTP/1.1\r\nHost: a b/[\r\n${close}`);
-  targets("a Host with a path", 200, `GET /health HTTP/1.1\r\nHost: a/x?\r\n${close}`);
-  targets("an empty Host", 200, `GET /health HTTP/1.1\r\nHost:\r\n${close}`);
   targets("CONNECT", 404, `CONNECT a.example:443 HTTP/1.1\r\nHost: a\r\n${close}`);
 });
 
@@ -595,11 +579,9 @@ describe("a copy of api.ts with routes of its own", async () => {
     "DELETE /orders": () => new Response(null, { status: 204 }),
     "GET /failure": async () => { throw new Error("The disk is on fire."); },
     "GET /health":`;
-  writeFileSync(
-    join(directory, "api.ts"),
-    source.replace('"GET /health":', () => added),
-  );
-  const { start }: typeof import("../../api.ts") = await import(join(directory, "api.ts"));
+  const file = join(directory, "api.ts");
+  writeFileSync(file, source.replace('"GET /health":', added));
+  const { start }: typeof import("../../api.ts") = await import(file);
 
   const { issuer, time, url, lines, made, unknown } = await trial({ coolDownSeconds: 0 }, start);
   /** Whether the token is one that the API remembers. */
@@ -620,14 +602,15 @@ describe("a copy of api.ts with routes of its own", async () => {
     time.ms = clock();
   });
 
-  test("a token of up to 4 kB is remembered", async () => {
-    const padded = (length: number) => made({ padding: "x".repeat(length) });
-    const bytes = (await padded(0)).length;
-    const small = await padded(Math.floor((4_080 - bytes) * 0.75));
-    const large = await padded(Math.ceil((4_110 - bytes) * 0.75));
-    expect([small.length > 4_060, large.length < 4_130]).toEqual([true, true]);
-    expect([await again(small), await again(small)]).toEqual([false, true]);
-    expect([await again(large), await again(large)]).toEqual([false, false]);
+  test("an Authorization field of up to 4,096 characters is remembered", async () => {
+    const presented = await made({ padding: "x".repeat(2_500) });
+    const ofLength = async (length: number) => {
+      const field = `Bearer${" ".repeat(length - 6 - presented.length)}${presented}`;
+      return (await call(field, `${url}/again`)).json.again;
+    };
+    // The claims are remembered with the field they came in.
+    expect([await ofLength(4_096), await ofLength(4_096)]).toEqual([false, true]);
+    expect([await ofLength(4_097), await ofLength(4_097)]).toEqual([false, false]);
   });
 
   test("1,000 tokens are remembered, and the oldest is forgotten first", async () => {
@@ -636,8 +619,7 @@ describe("a copy of api.ts with routes of its own", async () => {
     for (const presented of [first, second]) await again(presented);
     await Promise.all(rest.map(again));
     expect([await again(first), await again(second)]).toEqual([true, true]);
-    for (let times = 0; times < 2; times++) await again([last, await made()][times]!);
-    await again(await made());
+    expect(await again(last)).toBeFalse();
     expect([await again(first), await again(last)]).toEqual([false, true]);
   });
 
@@ -671,9 +653,9 @@ describe("a copy of api.ts with routes of its own", async () => {
     const authorization = `Bearer ${await made()}`;
     expect((await post('{"of":1}', authorization)).json).toEqual({ of: 1 });
     for (const body of ['{"of":', ""]) {
-      const { status, headers, text } = await post(body, authorization);
-      expect([status, headers.get("www-authenticate")]).toEqual([400, null]);
-      expect(text).toMatch(/^[ -~]{10,}$/);
+      const answer = await post(body, authorization);
+      expect(fields(answer, "www-authenticate")).toEqual([400, null]);
+      expect(answer.text).toMatch(/^[ -~]{10,}$/);
       expect(lines.at(-1)).toMatchObject({ event: "call refused", error: "malformed_body" });
     }
   });
@@ -684,17 +666,18 @@ describe("a copy of api.ts with routes of its own", async () => {
   });
 
   test("RFC 9110 §15.5.6 GET /orders → 405, Allow names what there is", async () => {
-    for (const method of ["GET", "HEAD", "PUT"]) {
-      const { status, headers } = await send(`${url}/orders`, { method });
-      expect([status, headers.get("allow")]).toEqual([405, "POST, DELETE"]);
-    }
+    for (const method of ["GET", "HEAD", "PUT"])
+      expect(fields(await send(`${url}/orders`, { method }), "allow")).toEqual([
+        405,
+        "POST, DELETE",
+      ]);
     expect((await send(`${url}/orders`, { method: "DELETE" })).status).toBe(204);
   });
 
   test("RFC 9110 §15.6.1 an unexpected failure → 500, a constant text, the cause logged", async () => {
-    const { status, text, headers } = await send(`${url}/failure`);
-    expect([status, headers.get("cache-control")]).toEqual([500, "no-store"]);
-    expect(text).not.toContain("fire");
+    const answer = await send(`${url}/failure`);
+    expect(fields(answer, "cache-control")).toEqual([500, "no-store"]);
+    expect(answer.text).not.toContain("fire");
     const reason = expect.stringContaining("The disk is on fire.");
     expect(lines.at(-1)).toMatchObject({ event: "failure", reason });
   });
@@ -725,11 +708,15 @@ describe("a fetch of the keys", () => {
   };
 
   type Deviate = (issuer: Issuer) => void;
-  const metadata = (issuer: Issuer, changes: object) => {
-    issuer.metadata = { ...(issuer.metadata as object), ...changes };
+  const metadata = (changes: (url: string) => object) => (issuer: Issuer) => {
+    issuer.metadata = { ...(issuer.metadata as object), ...changes(issuer.url) };
   };
+  const set =
+    (...keys: unknown[]) =>
+    (issuer: Issuer) =>
+      publish(issuer, ...keys);
   /** The issuer answers something else in place of one of its two documents. */
-  const answering = (path: string, answer: (document: unknown) => Response) => (issuer: Issuer) => {
+  const instead = (path: string, answer: (document: unknown) => Response) => (issuer: Issuer) => {
     const document = path === "/jwks" ? issuer.jwks : issuer.metadata;
     issuer.answer = ({ url }) => (url.endsWith(path) ? answer(document) : undefined);
   };
@@ -741,79 +728,78 @@ describe("a fetch of the keys", () => {
       expect((await ask()).status).toBe(200);
     });
   works("RFC 8414 §3.2 valid metadata and a valid JWK Set", () => {});
-  works("RFC 8414 §3.2 unknown metadata", (issuer) => metadata(issuer, { x: { jwks_uri: "x" } }));
-  works("RFC 8414 §2 a jwks_uri elsewhere, with a query", (issuer) =>
-    metadata(issuer, { jwks_uri: `${issuerOf([signer]).url}/tenant/jwks?version=2` }),
+  works(
+    "RFC 8414 §3.2 unknown metadata",
+    metadata(() => ({ x: { jwks_uri: "x" } })),
+  );
+  const jwks_uri = `${issuerOf([signer]).url}/tenant/jwks?version=2`;
+  works(
+    "RFC 8414 §2 a jwks_uri elsewhere, with a query",
+    metadata(() => ({ jwks_uri })),
   );
   works("RFC 7517 §5 an unknown member", (issuer) => (issuer.jwks = { keys: [good], x: 1 }));
-  for (const path of documents)
-    works(
-      `${path} of 1 MiB`,
-      answering(path, (document) => padded(document, megabyte)),
-    );
+  const full = (document: unknown) => padded(document, megabyte);
+  for (const path of documents) works(`${path} of 1 MiB`, instead(path, full));
   for (const odd of junkOfKinds)
-    works(`RFC 7517 §5 the key among ${JSON.stringify(odd)}`, (issuer) =>
-      publish(issuer, odd, good, odd),
-    );
-  works("RFC 7517 §5 a broken key", (issuer) => publish(issuer, { kty: "EC", kid: "x" }, good));
-  works("RFC 7517 §4.5 an RSA key of the same kid", (issuer) =>
-    publish(issuer, { ...rsa.publicJwk, kid: "key" }, good),
-  );
-  works("RFC 7517 §4.2 the same kid with use enc", (issuer) =>
-    publish(issuer, junk({ use: "enc", kid: "key" }), good),
-  );
-  works("RFC 7517 §4.2 a key with use", (issuer) => publish(issuer, { ...good, use: "sig" }));
-  works("RFC 7517 §4.4 no alg", (issuer) => publish(issuer, { ...good, alg: undefined }));
+    works(`RFC 7517 §5 the key among ${JSON.stringify(odd)}`, set(odd, good, odd));
+  works("RFC 7517 §5 a broken key", set({ kty: "EC", kid: "x" }, good));
+  works("RFC 7517 §4.5 an RSA key of the same kid", set({ ...rsa.publicJwk, kid: "key" }, good));
+  works("RFC 7517 §4.2 the same kid with use enc", set(junk({ use: "enc", kid: "key" }), good));
+  works("RFC 7517 §4.2 a key with use", set({ ...good, use: "sig" }));
+  works("RFC 7517 §4.4 no alg", set({ ...good, alg: undefined }));
 
   const fails = (name: string, deviate: Deviate) =>
     test(`${name} → 503, Retry-After`, async () => {
       const { issuer, ask, lines } = await trial();
       deviate(issuer);
       expectUnavailable(await ask());
-      const expected = { event: "call refused", error: "temporarily_unavailable" };
+      const reason = expect.stringMatching(/^\w+( \S+){2,}/);
+      const expected = { event: "call refused", error: "temporarily_unavailable", reason };
       expect(lines.at(-1)).toMatchObject(expected);
-      expect(lines.at(-1)!["reason"]).toMatch(/^\w+( \S+){2,}/);
       expect(issuer.requests).not.toContain("/elsewhere");
     });
   const headers = { location: "/elsewhere" };
+  const junkTexts = ["", "{", "null", "[]", '"text"', "7", "{}", '{"keys":null}', '{"keys":{}}'];
   for (const path of documents) {
-    for (const status of [201, 203, 301, 302, 303, 307, 308, 404, 500, 503])
-      fails(
-        `RFC 8414 §3.2 ${path} with status ${status}`,
-        answering(path, (document) => Response.json(document, { status, headers })),
-      );
-    for (const text of ["", "{", "null", "[]", '"text"', "7", "{}", '{"keys":null}', '{"keys":{}}'])
-      fails(
-        `RFC 8259 §2 ${path} is '${text}'`,
-        answering(path, () => new Response(text)),
-      );
-    fails(`${path} without end`, answering(path, endless));
-    fails(
-      `${path} over 1 MiB`,
-      answering(path, (document) => padded(document, megabyte + 1)),
-    );
-    fails(`${path} in gzip, which is not unpacked`, answering(path, zipped));
+    for (const status of [201, 203, 301, 302, 303, 307, 308, 404, 500, 503]) {
+      const answer = (document: unknown) => Response.json(document, { status, headers });
+      fails(`RFC 8414 §3.2 ${path} with status ${status}`, instead(path, answer));
+    }
+    for (const text of junkTexts) {
+      const answer = () => new Response(text);
+      fails(`RFC 8259 §2 ${path} is '${text}'`, instead(path, answer));
+    }
+    const tooLong = (document: unknown) => padded(document, megabyte + 1);
+    fails(`${path} a byte over 1 MiB`, instead(path, tooLong));
+    fails(`${path} without end`, instead(path, endless));
+    fails(`${path} in gzip, which is not unpacked`, instead(path, zipped));
   }
-  for (const named of [
-    () => other,
-    () => undefined,
-    (url: string) => `${url}/`,
-    (url: string) => [url],
-  ])
-    fails(`RFC 8414 §3.3 issuer ${JSON.stringify(named("…"))}`, (issuer) =>
-      metadata(issuer, { issuer: named(issuer.url) }),
-    );
-  const set = JSON.stringify({ keys: [good] });
-  for (const jwks_uri of [undefined, "", 7, "/jwks", "https://", `data:application/json,${set}`])
-    fails(`RFC 8414 §2 jwks_uri ${JSON.stringify(jwks_uri)?.slice(0, 9)}`, (issuer) =>
-      metadata(issuer, { jwks_uri }),
+  fails(
+    "RFC 8414 §3.3 another issuer",
+    metadata(() => ({ issuer: other })),
+  );
+  fails(
+    "RFC 8414 §3.3 no issuer",
+    metadata(() => ({ issuer: undefined })),
+  );
+  fails(
+    "RFC 8414 §3.3 issuer with a slash",
+    metadata((url) => ({ issuer: `${url}/` })),
+  );
+  fails(
+    "RFC 8414 §3.3 issuer in a list",
+    metadata((url) => ({ issuer: [url] })),
+  );
+  const data = `data:application/json,${JSON.stringify({ keys: [good] })}`;
+  for (const uri of [undefined, "", 7, "/jwks", "https://", data])
+    fails(
+      `RFC 8414 §2 jwks_uri ${String(uri).slice(0, 9)}`,
+      metadata(() => ({ jwks_uri: uri })),
     );
   // 0.0.0.0 reaches this machine, but is no loopback address.
-  fails("RFC 8414 §2 jwks_uri of http beyond loopback", (issuer) =>
-    metadata(issuer, { jwks_uri: `${issuer.url.replace("127.0.0.1", "0.0.0.0")}/jwks` }),
-  );
-  for (const odd of junkOfKinds)
-    fails(`RFC 7517 §5 ${JSON.stringify(odd)} alone`, (issuer) => publish(issuer, odd));
+  const away = (url: string) => ({ jwks_uri: `${url.replace("127.0.0.1", "0.0.0.0")}/jwks` });
+  fails("RFC 8414 §2 jwks_uri of http beyond loopback", metadata(away));
+  for (const odd of junkOfKinds) fails(`RFC 7517 §5 ${JSON.stringify(odd)} alone`, set(odd));
 
   test("RFC 7517 §5 a token of a broken key → 401, of a sound one → 200", async () => {
     const { issuer, ask, statuses } = await trial();
@@ -861,9 +847,8 @@ describe("the keys of the issuer", () => {
   });
 
   test("an unknown kid, the issuer down → 503, once more within the cool-down", async () => {
-    const { issuer, time, ask, unknown, statuses, fetches } = await trial({
-      coolDownSeconds: 0.02,
-    });
+    const played = await trial({ coolDownSeconds: 0.02 });
+    const { issuer, time, ask, unknown, statuses, fetches } = played;
     expect(await statuses(ask)).toEqual([200]);
     issuer.answer = down;
     time.ms += 20;

@@ -125,17 +125,3 @@ test("6. POST token request with a wrong secret, RFC 6749 §5.2 → 401 invalid_
   expect(answer.headers.get("www-authenticate")).toStartWith("Basic realm=");
   expect(await answer.json()).toMatchObject({ error: "invalid_client" });
 });
-
-test("7. POST token request for another scope, RFC 6749 §3.3 → 400 invalid_scope", async () => {
-  // The client is registered for api1. It gets all that it asks for or nothing, never a part.
-  const answer = await fetch(metadata.token_endpoint, {
-    method: "POST",
-    headers: {
-      authorization: `Basic ${btoa("client:secret")}`,
-      "content-type": "application/x-www-form-urlencoded",
-    },
-    body: "grant_type=client_credentials&scope=api1+admin",
-  });
-  expect(answer.status).toBe(400);
-  expect(await answer.json()).toMatchObject({ error: "invalid_scope" });
-});

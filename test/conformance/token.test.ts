@@ -113,7 +113,6 @@ const granted: [rule: string, change: Change, grant?: Grant][] = [
   ["RFC 6749 §3.2 an empty resource counts as absent", { resource: "" }],
   ["RFC 6749 §3.2 an empty assertion", "&client_assertion=&client_assertion_type="],
   ["RFC 6749 §5.2 one of two registered grant types", as("two grants")],
-  ["RFC 6749 §3.3 the scope that is registered", { scope: "api1" }],
   ["RFC 6749 §3.3 a scope twice is one", { scope: "api1 api1" }],
   ["RFC 6749 §3.3 no scope is all", as("orders"), writeRead],
   ["RFC 6749 §3.3 one of two", as("orders", "read"), { ...writeRead, scope: "read" }],
@@ -191,7 +190,6 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
     ["RFC 6749 Appendix B percent-encoded bytes that are not UTF-8", "&scope=%C3%28"],
     ["RFC 6749 Appendix B a percent-encoded surrogate", "&scope=%ED%A0%80"],
     ["RFC 6749 Appendix B a byte that is not UTF-8", bytes(0xff)],
-    ["RFC 6749 Appendix B Latin-1", bytes(0xe4, 0x70)],
     ["RFC 6749 Appendix B a percent-encoded NUL", "&scope=api1%00"],
     ["RFC 6749 Appendix B a NUL as it is", bytes(0)],
     ["RFC 6749 Appendix B a NUL in the secret", { client_secret: "secret\0" }],
@@ -208,7 +206,6 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
   ],
   "400 unsupported_grant_type": [
     ["RFC 6749 §5.2 grant_type authorization_code", { grant_type: "authorization_code" }],
-    ["RFC 6749 §5.2 grant_type refresh_token", { grant_type: "refresh_token" }],
     ["RFC 6749 §5.2 unknown grant_type", { grant_type: "x" }],
     ["RFC 6749 §5.2 grant_type in capitals", { grant_type: "CLIENT_CREDENTIALS" }],
     ["RFC 6749 §5.2 grant_type with a space", { grant_type: "client_credentials " }],
@@ -239,10 +236,8 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
     ["RFC 6749 §3.3 two spaces", { scope: "api1  api1" }],
     ["RFC 6749 §3.3 a tab", { scope: "api1\tapi1" }],
     ["RFC 6749 §3.3 a comma", as("orders", "read,write")],
-    ["RFC 6749 §3.3 a quotation mark", { scope: '"api1"' }],
     ["RFC 6749 §3.3 a letter that is not ASCII", { scope: "äpi1" }],
     ["RFC 6749 §3.3 scope __proto__", { scope: "__proto__" }],
-    ["RFC 6749 §3.3 scope constructor", { scope: "constructor" }],
     ["RFC 6749 §3.3 no scope, several resources", as("several")],
     ["RFC 6749 §3.2 an empty scope, several resources", as("several", "")],
     ["RFC 8707 §2.2 scopes of two resources", as("several", "api1 read")],
@@ -256,23 +251,17 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
     ["RFC 8707 §2 a resource where the client has no scope", { resource: audit }],
     ["RFC 8707 §2 the same, of a client with several", { ...as("several"), resource: audit }],
     ["RFC 8707 §2 a slash at the end", { resource: `${myApi}/` }],
-    ["RFC 8707 §2 a path", { resource: `${myApi}/identity` }],
     ["RFC 8707 §2 the beginning", { ...as("orders"), resource: "https://orders.example.com" }],
-    ["RFC 8707 §2 a query", { resource: `${myApi}?x=1` }],
     ["RFC 8707 §2 a fragment", { resource: `${myApi}#x` }],
-    ["RFC 8707 §2 an empty fragment", { resource: `${myApi}#` }],
     ["RFC 8707 §2 relative", { resource: "//api.example.com" }],
     ["RFC 8707 §2 the host in capitals", { resource: "https://API.example.com" }],
-    ["RFC 8707 §2 the default port", { resource: `${myApi}:443` }],
     ["RFC 8707 §2 a space at the end", { resource: `${myApi} ` }],
-    ["RFC 8707 §2 the name of a scope", { resource: "api1" }],
     ["RFC 8707 §2 the issuer", { resource: idp.url }],
     ["RFC 8707 §2 resource __proto__", { resource: "__proto__" }],
     ["RFC 8707 §2 one resource twice", `&resource=${myApi}&resource=${myApi}`],
     ["RFC 8707 §2 two resources", `&resource=${myApi}&resource=${orders}`],
     ["RFC 8707 §2 two resources, the first one empty", `&resource=&resource=${myApi}`],
     ["RFC 8707 §2 two resources, the second one empty", `&resource=${myApi}&resource=`],
-    ["RFC 8707 §2 two empty resources", "&resource=&resource="],
     ["RFC 8707 §2 the resource comes before the scope", { scope: "x", resource: "x" }],
   ],
 };
@@ -299,10 +288,8 @@ for (const type of otherTypes)
     expect(answer.json.error_description).toContain(form);
   });
 
-test("POST /connect/token, RFC 6749 §4.4.2 without Content-Type and body → 400 invalid_request", async () => {
-  const answer = await send(idp.tokenEndpoint, { method: "POST" });
-  expect(refusalOf(answer)).toBe("400 invalid_request");
-});
+test("POST /connect/token, RFC 6749 §4.4.2 neither Content-Type nor body → 400 invalid_request", async () =>
+  expect(refusalOf(await send(idp.tokenEndpoint, { method: "POST" }))).toBe("400 invalid_request"));
 
 test("POST /connect/token, RFC 6749 §5.2 → each error has one text, whatever was sent", async () => {
   const texts = new Map<string, Set<string>>();
@@ -464,7 +451,8 @@ for (const [name, request, status] of answeredByBun)
   test(`${name} → ${status} by Bun, and the server goes on`, async () => {
     const before = idp.lines.length;
     expect(await raw(idp.url, request, 50)).toStartWith(`HTTP/1.1 ${status} `);
-    expect(idp.lines.slice(before).map(({ event }) => event)).not.toContain("token issued");
+    // What breaks off while it is read is refused, and is no failure of ours.
+    for (const { event } of idp.lines.slice(before)) expect(event).toBe("token refused");
     await expectGrant(await ask({}));
   });
 
@@ -494,32 +482,23 @@ function raise(cause: unknown): never {
   throw cause;
 }
 
-test("log: a token that is issued → one line that says to whom, what and by which key", async () => {
+test("log: one line for each request → to whom, what, by which key, or why not", async () => {
   const started = performance.now();
   const before = idp.lines.length;
-  const answer = await ask({});
-  const elapsed = performance.now() - started;
-  expect(idp.lines).toHaveLength(before + 1);
-  const { time, milliseconds, ...line } = idp.lines.at(-1)!;
-  const { jti } = jose.decodeJwt(answer.json.access_token);
-  const who = { event: "token issued", address: "127.0.0.1", client_id: "client", scope: "api1" };
-  expect(line).toEqual({ ...who, kid: keys[0].kid, jti });
-  expect(time).toMatch(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/);
-  expect(milliseconds).toBeInteger();
-  expect(milliseconds).toBeWithin(0, elapsed + 1);
-});
-
-test("log: a token that is refused → one line that says to whom and why", async () => {
-  const started = performance.now();
-  const before = idp.lines.length;
+  const { jti } = jose.decodeJwt((await ask({})).json.access_token);
   await ask({ scope: "x" });
   const elapsed = performance.now() - started;
-  expect(idp.lines).toHaveLength(before + 1);
-  const { time: _time, milliseconds, reason, ...line } = idp.lines.at(-1)!;
-  const who = { event: "token refused", address: "127.0.0.1", client_id: "client" };
-  expect(line).toEqual({ ...who, error: "invalid_scope" });
-  expect(milliseconds).toBeInteger();
-  expect(milliseconds).toBeWithin(0, elapsed + 1);
+  const lines = idp.lines.slice(before);
+  const who = { address: "127.0.0.1", client_id: "client" };
+  expect(lines.map(({ time, milliseconds, reason, ...line }) => line)).toEqual([
+    { event: "token issued", ...who, scope: "api1", kid: keys[0].kid, jti },
+    { event: "token refused", ...who, error: "invalid_scope" },
+  ]);
+  for (const { time, milliseconds } of lines) {
+    expect(time).toMatch(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/);
+    expect(milliseconds).toBeInteger();
+    expect(milliseconds).toBeWithin(0, elapsed + 1);
+  }
 });
 
 /** Each is told apart from the others, so that an operator knows what to change. */
@@ -551,17 +530,19 @@ test("log: each kind of refusal → a sentence of its own, without the secret", 
 });
 
 const tooLong = "x".repeat(5_000);
-const unbounded: [name: string, change: Change, headers?: Record<string, string>][] = [
-  ["Content-Type", {}, { "content-type": tooLong }],
-  ["grant_type", { grant_type: tooLong }],
-  ["scope", { scope: `api1 ${tooLong}` }],
-  ["resource", { resource: tooLong }],
-  ["client_id", { client_id: tooLong }],
+const unbounded: [name: string, change: Change, logged: number, type?: string][] = [
+  ["Content-Type", {}, 100, tooLong],
+  ["grant_type", { grant_type: tooLong }, 100],
+  ["scope", { scope: tooLong }, 100],
+  ["scope after another", { scope: `api1 ${tooLong}` }, 100],
+  ["resource", { resource: tooLong }, 0],
+  ["client_id", { client_id: tooLong }, 0],
 ];
 
-for (const [name, change, headers] of unbounded)
-  test(`log: a ${name} of 5,000 characters → one short line`, async () => {
-    expect((await ask(change, headers)).status).toBeWithin(400, 402);
-    expect(idp.lines.at(-1)!["event"]).toBe("token refused");
+for (const [name, change, logged, type = form] of unbounded)
+  test(`log: a ${name} of 5,000 characters → ${logged} of them`, async () => {
+    expect((await ask(change, { "content-type": type })).status).toBeWithin(400, 402);
+    const { event, reason } = idp.lines.at(-1)!;
+    expect([event, reason.match(/x{9,}/)?.[0].length ?? 0]).toEqual(["token refused", logged]);
     expect(JSON.stringify(idp.lines.at(-1)).length).toBeLessThan(400);
   });

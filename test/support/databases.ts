@@ -107,8 +107,8 @@ export async function postgres(server = postgresUrl!): Promise<Table> {
   url.searchParams.set("max", "2"); // many instances share the server
   return new Table(url.href, async () => {
     const connections = `FROM pg_stat_activity WHERE application_name = '${schema}'`;
-    await execute(server, `SELECT pg_terminate_backend(pid) ${connections}`);
-    await execute(server, `DROP SCHEMA ${schema} CASCADE`);
+    const end = `SELECT pg_terminate_backend(pid) ${connections}`;
+    await execute(server, end, `DROP SCHEMA ${schema} CASCADE`);
   });
 }
 
