@@ -1,7 +1,7 @@
 /**
  * The client (RFC 6749 §1.1): discovers the authorization server, asks it for an access token with
- * credentials of its own (§4.4), and calls the API with that. A program imports `TokenSource`, whose
- * `fetch` brings a token along.
+ * credentials of its own (§4.4), and calls the API with that. A program imports `TokenSource`,
+ * whose `fetch` brings a token along.
  *
  * It authenticates with a secret or, if CLIENT_KEY names a file, with a key (RFC 7523). With DPOP=1
  * its tokens are bound to a key of this process (RFC 9449).
@@ -30,10 +30,12 @@ export async function run(settings: Settings = config.client): Promise<void> {
 
   const url = `${settings.resource}/identity`;
   console.error(`Calling ${url}`);
-  print(await membersOf(settings, "The call", url, await tokens.fetch(url)));
+  print(await new Step(settings, "The call", url).membersOf(await tokens.fetch(url)));
 }
 
-/** Shows what a JWT says. To its client a token is opaque (RFC 6749 §1.4), so this is a courtesy. */
+/**
+ * Shows what a JWT says. To its client a token is opaque (RFC 6749 §1.4), so this is a courtesy.
+ */
 function printDecoded(access_token: string): void {
   try {
     const header = jose.decodeProtectedHeader(access_token);
@@ -46,17 +48,16 @@ function printDecoded(access_token: string): void {
 /** The token endpoint, from the issuer's metadata (RFC 8414 §3). */
 async function discoverTokenEndpoint(settings: Settings): Promise<string> {
   const { issuer } = settings;
-  const url = config.metadataUrl(issuer);
-  const answer = await sendBounded(settings, "Discovery", url, {});
-  const metadata = await membersOf(settings, "Discovery", url, answer);
-  const { token_endpoint } = metadata;
+  const step = new Step(settings, "Discovery", config.metadataUrl(issuer));
+  const metadata = await step.ask({});
   // RFC 8414 §3.3: "MUST be identical to the issuer identifier value".
-  if (metadata["issuer"] !== issuer)
-    throw wrongMember("Discovery", url, metadata, "issuer", issuer);
+  step.require(metadata["issuer"] === issuer, metadata, "issuer", issuer);
+  const { token_endpoint: endpoint } = metadata;
   // The secret goes there, so it must be the issuer's own.
-  const origin = config.isText(token_endpoint) ? URL.parse(token_endpoint)?.origin : undefined;
-  if (config.isText(token_endpoint) && origin === new URL(issuer).origin) return token_endpoint;
-  throw wrongMember("Discovery", url, metadata, "token_endpoint", "a URL of the issuer");
+  const { origin } = new URL(issuer);
+  const isOwn = config.isText(endpoint) && URL.parse(endpoint)?.origin === origin;
+  step.require(isOwn, metadata, "token_endpoint", `a URL of ${origin}`);
+  return String(endpoint);
 }
 
 // --- What programs import ------------------------------------------------------------------------
@@ -79,8 +80,8 @@ export class TokenSource {
    * one is requested for all who wait. Rejects with a StepError, which is not remembered.
    */
   async accessToken(): Promise<TokenResponse> {
-    if (this.#current && this.#settings.clock() < this.#current.renewAt)
-      return this.#current.response;
+    const { response, renewAt } = this.#current ?? { renewAt: -Infinity };
+    if (response && this.#settings.clock() < renewAt) return response;
     this.#requesting ??= this.#request().finally(() => (this.#requesting = undefined));
     return await this.#requesting;
   }
@@ -96,28 +97,29 @@ export class TokenSource {
     const { resource } = this.#settings;
     if (new URL(url).origin !== new URL(resource).origin)
       throw new Error(`The token is for ${resource} alone, not for ${url}.`);
-    const { method, headers, body, signal } = input instanceof Request ? input : ({} as Request);
-    const request = { ...(method && { method, headers, body, signal }), ...init };
-    const isStream = Symbol.asyncIterator in Object(request.body);
+    const { method = "GET", headers, body, signal } = input instanceof Request ? input : init;
+    const request = { method, headers, body, signal, ...init } as BunFetchRequestInit;
     const used = await this.accessToken();
     const answer = await this.#call(url, request, used);
     const error = answer.status === 401 ? challengeError(answer) : "";
-    if (isStream || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
-    // RFC 9449 §9: the API wants its nonce in the proof. Else the token is at an end, unless somebody
-    // else has renewed it meanwhile.
+    const isOnce = Symbol.asyncIterator in Object(request.body);
+    if (isOnce || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
+    // RFC 9449 §9: the API wants its nonce in the proof. Else the token is at an end, unless
+    // somebody else has renewed it meanwhile.
     const isOver = error === "invalid_token" && this.#current?.response === used;
     if (isOver) this.#current = undefined;
     return await this.#call(url, request, await this.accessToken());
   }
 
-  async #call(url: string, init: RequestInit, token: TokenResponse): Promise<Response> {
+  async #call(url: string, init: BunFetchRequestInit, token: TokenResponse): Promise<Response> {
     const headers = new Headers(init.headers);
     headers.set("authorization", `${token.token_type} ${token.access_token}`);
-    const method = (init.method ?? "GET").toUpperCase();
-    await this.#prover?.prove(headers, method, url, token.access_token);
+    await this.#prover?.prove(headers, String(init.method).toUpperCase(), url, token.access_token);
     const sending = config.directFetch(url, { ...init, headers }, this.#settings.tls);
     const answer = await sending.catch((error) => {
-      throw init.signal?.aborted ? error : unanswered(this.#settings, "The call", url, error);
+      throw init.signal?.aborted
+        ? error
+        : new Step(this.#settings, "The call", url).unanswered(error);
     });
     this.#prover?.takeNonce(url, answer);
     return answer;
@@ -125,51 +127,47 @@ export class TokenSource {
 
   /** Requests a token (RFC 6749 §4.4.2), and checks what comes back (§5.1). */
   async #request(): Promise<TokenResponse> {
-    config.parseServerUrl("ISSUER", this.#settings.issuer);
-    config.parseServerUrl("API_URL", this.#settings.resource);
-    const url = await discoverTokenEndpoint(this.#settings);
-    const started = this.#settings.clock();
-    let answer = await this.#post(url);
-    // RFC 9449 §8: the server wants its nonce in the proof, and has sent it along.
-    const wantsNonce =
-      answer.status === 400 && (await answer.clone().text()).includes("use_dpop_nonce");
-    if (wantsNonce) answer = await this.#post(url);
-    const members = await membersOf(this.#settings, "The token request", url, answer);
-    const response = checkedResponse(url, members, this.#settings.dpop);
+    const { issuer, resource, clock, dpop } = this.#settings;
+    config.parseServerUrl("ISSUER", issuer, "other");
+    config.parseServerUrl("API_URL", resource, "other");
+    const endpoint = await discoverTokenEndpoint(this.#settings);
+    const step = new Step(this.#settings, "The token request", endpoint);
+    const started = clock();
+    const members = await this.#post(step).catch((error: unknown) => {
+      // RFC 9449 §8: the server wants its nonce in the proof, and has sent it along.
+      const wantsNonce = error instanceof StepError && error.code === "use_dpop_nonce";
+      return wantsNonce ? this.#post(step) : Promise.reject(error);
+    });
+    const response = checkedResponse(step, members, dpop);
     // A minute before it expires, or half-way if its life is short; without expires_in at once.
-    const lifetime = Number(response["expires_in"] ?? 0);
+    const lifetime = Number(members["expires_in"] ?? 0);
     const renewAt = started + 1000 * (lifetime - Math.min(60, lifetime / 2));
     this.#current = { response, renewAt };
     return response;
   }
 
-  async #post(url: string): Promise<Response> {
+  async #post(step: Step): Promise<Members> {
     const headers = new Headers();
     const grant = { grant_type: "client_credentials", scope: this.#settings.scope };
     const body = new URLSearchParams(grant);
     await authenticate(this.#settings, headers, body);
-    await this.#prover?.prove(headers, "POST", url);
-    const init = { method: "POST", headers, body };
-    const answer = await sendBounded(this.#settings, "The token request", url, init);
-    this.#prover?.takeNonce(url, answer);
-    return answer;
+    await this.#prover?.prove(headers, "POST", step.url);
+    return await step.ask({ method: "POST", headers, body }, this.#prover);
   }
 }
 
-/** Throws a StepError for a token response that cannot be used, and says which member is wrong. */
-function checkedResponse(url: string, members: Members, dpop: boolean): TokenResponse {
+/** What a token response must have to be used. */
+function checkedResponse(step: Step, members: Members, dpop: boolean): TokenResponse {
   const { access_token, token_type, expires_in = 1 } = members;
   // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
-  const wantedType = dpop ? "DPoP" : "Bearer";
-  const wrong = (name: string, wanted: string) =>
-    wrongMember("The token request", url, members, name, wanted);
-  if (!config.isText(token_type) || token_type.toLowerCase() !== wantedType.toLowerCase())
-    throw wrong("token_type", wantedType);
-  if (!config.isText(access_token) || !/^[\w.~+/-]+=*$/.test(access_token))
-    throw wrong("access_token", "text as RFC 6750 §2.1 has it");
-  if (typeof expires_in !== "number" || expires_in <= 0)
-    throw wrong("expires_in", "a number of seconds over 0");
-  return { ...members, access_token, token_type };
+  const type = dpop ? "DPoP" : "Bearer";
+  const isType = config.isText(token_type) && token_type.toLowerCase() === type.toLowerCase();
+  step.require(isType, members, "token_type", type);
+  const isToken = config.isText(access_token) && /^[\w.~+/-]+=*$/.test(access_token);
+  step.require(isToken, members, "access_token", "text as RFC 6750 §2.1 has it");
+  const isLifetime = typeof expires_in === "number" && expires_in > 0;
+  step.require(isLifetime, members, "expires_in", "a number of seconds over 0");
+  return members as TokenResponse;
 }
 
 // --- Client authentication and proof of possession -----------------------------------------------
@@ -229,79 +227,92 @@ class Prover {
 
 // --- Requests and messages -----------------------------------------------------------------------
 
-/** A step that failed: one line that says which, where, why, and what to try. No secret, no token. */
+/**
+ * A step that failed: one line that says which, where, why, and what to try. No secret, no token.
+ */
 export class StepError extends Error {
   readonly code: string;
 
   /** `why` may hold text of a server. */
-  constructor(step: string, url: string, why: string, code: string, hint: string) {
-    const [place, reason] = [url, why].map((text) => printable(text).slice(0, 200));
-    super(`${step} failed at ${place}: ${reason} (${hint})`);
+  constructor(step: Step, why: string, code = "") {
+    const [place, reason] = [step.url, why].map((text) => printable(text).slice(0, 200));
+    super(`${step.name} failed at ${place}: ${reason} (${hintFor(step, code)})`);
     this.code = code;
   }
 }
 
+const hints = new Map([
+  ["ECONNREFUSED", "Is it running? `bun start` starts everything."],
+  ["token_type", "Check DPOP, and what the server sends."],
+  ["invalid_client", "Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY."],
+  ["invalid_scope", "Check SCOPE against the registration of the client."],
+  ["insufficient_scope", "Check SCOPE: the API requires another scope."],
+  ["invalid_dpop_proof", "Set DPOP=1 if the client is registered for it, and check the clocks."],
+]);
+
 /** What to try, by the code of an error. */
-function hintFor(code: string, url: string, { dpop, proxyVariable }: Settings): string {
+function hintFor({ url, settings }: Step, code: string): string {
+  const { proxyVariable } = settings;
   const isLocal = config.isLoopback(new URL(url));
-  if (/CERT|SIGN|OpenSocket/.test(code))
-    return isLocal
-      ? "Start all programs in one directory, or with the same TLS_CERT."
-      : "Set NODE_EXTRA_CA_CERTS if the certificate is of a private authority.";
-  if (/^[A-Z][A-Za-z]+$/.test(code) && proxyVariable && !isLocal)
+  const isTls = /CERT|SIGN|OpenSocket/.test(code);
+  if (isTls && isLocal) return "Start all programs in one directory, or with the same TLS_CERT.";
+  if (isTls) return "Set NODE_EXTRA_CA_CERTS if the certificate is of a private authority.";
+  // Bun's codes of failed connections begin with a capital.
+  if (proxyVariable && !isLocal && /^[A-Z]/.test(code))
     return `${proxyVariable} is set: check that proxy, or name the host in NO_PROXY.`;
-  if (code === "ECONNREFUSED") return "Is it running? `bun start` starts everything.";
-  if (code === "invalid_client") return "Check CLIENT_ID and CLIENT_SECRET or CLIENT_KEY.";
-  if (code === "invalid_scope") return "Check SCOPE against the registration of the client.";
-  if (code === "insufficient_scope") return "Check SCOPE: the API requires another scope.";
-  if (code === "invalid_dpop_proof" && dpop) return "Check the clocks of both machines.";
-  if (code === "invalid_dpop_proof") return "Set DPOP=1 if the client is registered for that.";
-  return "Check ISSUER and API_URL, and the log of the server.";
+  return hints.get(code) ?? "Check ISSUER and API_URL, and the log of the server.";
 }
 
-/** A member of an answer that is not what it must be. The token itself is never shown. */
-function wrongMember(step: string, url: string, members: Members, name: string, wanted: string) {
-  const value = name === "access_token" ? "not usable" : JSON.stringify(members[name]);
-  const why = `${name} is ${value}, and must be ${wanted}`;
-  return new StepError(step, url, why, name, "Check ISSUER and DPOP, and what the server sends.");
-}
+/** A request to a server: what it is for, and where it goes. Its errors say both. */
+class Step {
+  readonly settings: Settings;
+  readonly name: string;
+  readonly url: string;
 
-/** Sends a request whose answer must be short, and come within 10 s. Rejects with a StepError. */
-async function sendBounded(settings: Settings, step: string, url: string, init: RequestInit) {
-  const signal = AbortSignal.timeout(10_000);
-  return await config.boundedFetch(url, { ...init, signal }, settings.tls).catch((error) => {
-    throw unanswered(settings, step, url, error);
-  });
-}
+  constructor(settings: Settings, name: string, url: string) {
+    this.settings = settings;
+    this.name = name;
+    this.url = url;
+  }
 
-function unanswered(settings: Settings, step: string, url: string, error: unknown): StepError {
-  const { code } = error as { code?: unknown };
-  const name = config.isText(code) ? code : "";
-  return new StepError(
-    step,
-    url,
-    name || config.reasonOf(error),
-    name,
-    hintFor(name, url, settings),
-  );
-}
+  /** Sends a request whose answer must be short, and come within 10 s. */
+  async ask(init: RequestInit, prover?: Prover): Promise<Members> {
+    const sending = { ...init, signal: AbortSignal.timeout(10_000) };
+    const answer = await config
+      .boundedFetch(this.url, sending, this.settings.tls)
+      .catch((error) => {
+        throw this.unanswered(error);
+      });
+    prover?.takeNonce(this.url, answer);
+    return await this.membersOf(answer);
+  }
 
-/** The members of a 200 (RFC 6749 §5.1, RFC 8414 §3.2). Rejects with the error of any other. */
-async function membersOf(settings: Settings, step: string, url: string, answer: Response) {
-  const document: unknown = await answer.json().catch(() => undefined);
-  const members = Object(document) as Members;
-  if (answer.status === 200 && document === members) return members;
-  const { error, error_description } = members;
-  const code = config.isText(error) ? error : challengeError(answer);
-  const description = config.isText(error_description) ? error_description : "";
-  const why = answer.status === 200 ? "The answer is no JSON object" : `${code} ${description}`;
-  throw new StepError(
-    step,
-    url,
-    `${answer.status} ${why}`.trim(),
-    code,
-    hintFor(code, url, settings),
-  );
+  unanswered(error: unknown): StepError {
+    const { code } = error as { code?: unknown };
+    return config.isText(code)
+      ? new StepError(this, code, code)
+      : new StepError(this, config.reasonOf(error));
+  }
+
+  /** The members of a 200 (RFC 6749 §5.1, RFC 8414 §3.2). Rejects with the error of any other. */
+  async membersOf(answer: Response): Promise<Members> {
+    const { status } = answer;
+    const document: unknown = await answer.json().catch(() => undefined);
+    const members = Object(document) as Members;
+    if (status === 200 && document === members) return members;
+    if (status === 200) throw new StepError(this, "200 The answer is no JSON object");
+    const { error, error_description: description } = members;
+    const code = config.isText(error) ? error : challengeError(answer);
+    const why = `${status} ${code} ${config.isText(description) ? description : ""}`;
+    throw new StepError(this, why.trim(), code);
+  }
+
+  /** Throws unless a member of an answer is right. The token itself is never shown. */
+  require(isRight: boolean, members: Members, name: string, wanted: string): void {
+    if (isRight) return;
+    const shown = name === "access_token" ? "not usable" : JSON.stringify(members[name]);
+    throw new StepError(this, `${name} is ${shown}, and must be ${wanted}`, name);
+  }
 }
 
 /** The `error` in the challenge of a 401 or 403 (RFC 6750 §3), or "". */
@@ -324,7 +335,8 @@ function print(value: unknown): void {
 /** Waits until a server takes connections, for the some 20 s that it may need to start. */
 async function untilUp(url: string): Promise<void> {
   for (let tries = 0; tries < 200; tries++) {
-    const problem = await sendBounded(config.client, "Waiting", url, {}).catch((error) => error);
+    const step = new Step(config.client, "Waiting", url);
+    const problem = await step.ask({}).catch((error: unknown) => error);
     if (!(problem instanceof StepError) || problem.code !== "ECONNREFUSED") return;
     await Bun.sleep(100);
   }

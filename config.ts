@@ -1,15 +1,16 @@
 /**
  * What the three parties are told: addresses, scopes, registered clients, lifetimes.
  *
- * The first part is data, one literal for each party, and the only place that reads the environment.
- * The second part is plumbing that all programs share; on a first reading you can skip it.
- * On three machines each party has a copy of this file, with its own literal filled in.
+ * The first part is data, one literal for each party, and the only place that reads the
+ * environment. The second part is plumbing that all programs share; on a first reading you can skip
+ * it. On three machines each party has a copy of this file, with its own literal filled in.
  */
 
 import { X509Certificate, createPrivateKey } from "node:crypto";
-import { existsSync, linkSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { link } from "node:fs/promises";
 import { dirname } from "node:path";
-import * as nodeTls from "node:tls";
+import { getCACertificates } from "node:tls";
 import * as jose from "jose";
 
 // --- Settings ------------------------------------------------------------------------------------
@@ -19,7 +20,9 @@ export interface ClientRegistration {
   client_id: string;
   /** SHA-256 in base64, several while a secret is changed; `expires_at` in seconds since 1970. */
   client_secrets?: { sha256: string; expires_at?: number }[];
-  /** Public keys, for `private_key_jwt`: the keys themselves, or where the client publishes them. */
+  /**
+   * Public keys, for `private_key_jwt`: the keys themselves, or where the client publishes them.
+   */
   jwks?: { keys: jose.JWK[] };
   jwks_uri?: string;
   /** The only algorithm that the client's assertions may use; without it any accepted one. */
@@ -136,7 +139,7 @@ export type ResourceServerSettings = typeof resourceServer;
 export type ClientSettings = typeof client;
 type TlsFiles = typeof tls;
 
-// --- Plumbing (a first reader can stop here): constants and words ---------------------------------
+// --- Plumbing (a first reader can stop here): words that all share -------------------------------
 
 /** How far the clocks of two machines may differ. */
 export const leewaySeconds = 30;
@@ -156,19 +159,29 @@ export const secondsAt = (clock: () => number) => Math.floor(clock() / 1000);
 export const sha256 = (text: string, encoding: "base64" | "base64url"): string =>
   Bun.SHA256.hash(text, encoding);
 
-/**
- * Why a request is turned away. The code names a row in the server's own table of errors; the reason
- * and the details are for its log, never for the caller.
- */
-export class Refusal<Code extends string> extends Error {
-  readonly code: Code;
-  readonly details: Record<string, unknown>;
+type Members = Record<string, unknown>;
 
-  constructor(code: Code, reason: string, details: Record<string, unknown> = {}) {
+/**
+ * Why a request is turned away. The code names a row in the server's own table of errors; the
+ * reason and the details are for its log, never for the caller.
+ */
+export class Refusal<Code extends string = string> extends Error {
+  readonly code: Code;
+  readonly details: Members;
+
+  constructor(code: Code, reason: string, details: Members = {}) {
     super(reason.slice(0, 2_000)); // it may quote a request
     this.code = code;
     this.details = details;
   }
+}
+
+/** For a step that can fail: makes what jose or a decoder throws a refusal with this code. */
+export function refuseAs<Code extends string>(code: Code, thing: string) {
+  return (error: unknown): never => {
+    if (error instanceof Refusal) throw error;
+    throw new Refusal(code, `${thing} is not valid: ${reasonOf(error)}.`);
+  };
 }
 
 /** An error in one sentence for the log. jose says which claim is wrong; this adds its value. */
@@ -180,6 +193,18 @@ export function reasonOf(error: unknown): string {
   return `${error.message}; it is ${value.slice(0, 200)}`;
 }
 
+type JwtSettings = Pick<ResourceServerSettings, "acceptedAlgorithms" | "clock">;
+
+/** What jose checks of every JWT from outside. */
+export const jwtRules = ({ acceptedAlgorithms, clock }: JwtSettings) => ({
+  algorithms: acceptedAlgorithms,
+  clockTolerance: leewaySeconds,
+  currentDate: new Date(clock()),
+});
+
+/** What it checks of a DPoP proof besides (RFC 9449 §4.3); it adds the leeway to the age. */
+export const proofRules = { typ: "dpop+jwt", maxTokenAge: proofMaxAgeSeconds - leewaySeconds };
+
 // --- Plumbing: addresses and TLS -----------------------------------------------------------------
 
 /** Whether a URL names this machine. */
@@ -189,26 +214,16 @@ const withoutSlash = (text: string) => text.replace(/\/$/, "");
 
 /**
  * The URL of an issuer or of an API: https, or http on a loopback host; a path is allowed, a query,
- * a fragment and credentials are not. Throws an Error that says what to write, without a password.
+ * a fragment and credentials are not. That of another party may end in a slash. Throws an Error
+ * that says what to write; it repeats no password.
  */
-export function parseServerUrl(setting: string, value: string): URL {
+export function parseServerUrl(setting: string, value: string, whose: "own" | "other"): URL {
   const url = URL.parse(value);
-  if (!url) throw new Error(`${setting} is not a URL. Write for example https://auth.example.com.`);
+  const isSafe = url?.protocol === "https:" || (url?.protocol === "http:" && isLoopback(url));
+  if (!url || !isSafe) throw new Error(`${setting} must be https, or http on a loopback host.`);
   const plain = withoutSlash(`${url.origin}${url.pathname}`);
-  if (url.protocol !== "https:" && !(url.protocol === "http:" && isLoopback(url)))
-    throw new Error(
-      `${setting} must be https, or http on a loopback host, not ${url.protocol}//${url.host}.`,
-    );
-  if (withoutSlash(value) !== plain)
-    throw new Error(`${setting} must be a host and a path alone. Write ${plain}.`);
-  return url;
-}
-
-/** The same for a server of our own, whose URL does not end in a slash. */
-export function parseOwnUrl(setting: string, value: string): URL {
-  const url = parseServerUrl(setting, value);
-  if (!value.endsWith("/")) return url;
-  throw new Error(`${setting} must not end in a slash. Write ${withoutSlash(value)}.`);
+  if (value === plain || (whose === "other" && value === `${plain}/`)) return url;
+  throw new Error(`${setting} must be a host and a path alone. Write ${plain}.`);
 }
 
 /** A well-known URI, which stands between host and path (RFC 8414 §3.1, RFC 9728 §3.1). */
@@ -221,12 +236,11 @@ export function wellKnownUrl(url: string, name: string): string {
 export const metadataUrl = (issuer: string) =>
   `${withoutSlash(issuer)}/.well-known/openid-configuration`;
 
+type ListenSettings = Pick<ResourceServerSettings, "listen" | "reusePort" | "tls">;
+
 /** Options for Bun.serve: listen at `url`, or in plain http at the host:port of `listen`. */
-export function listenOptions(
-  name: "ISSUER" | "API",
-  url: URL,
-  { listen, reusePort, tls: files }: Pick<ResourceServerSettings, "listen" | "reusePort" | "tls">,
-) {
+export async function listenOptions(name: "ISSUER" | "API", url: URL, settings: ListenSettings) {
+  const { listen, reusePort, tls: files } = settings;
   const address = listen ? URL.parse(`http://${listen}`) : url;
   if (!address || (listen && !/^[^/?#@\\]+:\d+$/.test(listen)))
     throw new Error(`${name}_LISTEN must be host:port, for example 127.0.0.1:8080.`);
@@ -241,78 +255,61 @@ export function listenOptions(
   const isDevelopment = !files.certificateFile && !files.keyFile;
   const ways = `TLS_CERT and TLS_KEY, or ${name}_LISTEN behind a proxy that ends TLS`;
   if (isDevelopment && !isLoopback(url)) throw new Error(`${url.origin} needs ${ways}.`);
-  const pair = isDevelopment ? developmentCertificate(files.developmentFile) : ownPair(files);
+  const remedy = "TLS_CERT and TLS_KEY must name a certificate and its key, in PEM.";
+  const { cert, key } = isDevelopment
+    ? await developmentPair(files.developmentFile)
+    : readPair(files.certificateFile, files.keyFile, remedy);
   // RFC 9325 §4.2: TLS 1.2 only with forward secrecy and AEAD; TLS 1.3 has nothing else.
-  return { ...options, tls: { ...pair, ciphers: "ECDHE+AESGCM:ECDHE+CHACHA20" } };
+  return { ...options, tls: { cert, key, ciphers: "ECDHE+AESGCM:ECDHE+CHACHA20" } };
 }
 
-/** The certificate and the key that TLS_CERT and TLS_KEY name. */
-function ownPair({ certificateFile, keyFile }: TlsFiles): { cert: string; key: string } {
-  const read = (variable: string, file = "") => {
-    try {
-      return readFileSync(file, "utf8");
-    } catch (error) {
-      throw new Error(`${variable} must name a readable file: ${reasonOf(error)}`);
-    }
-  };
-  const pair = { cert: read("TLS_CERT", certificateFile), key: read("TLS_KEY", keyFile) };
-  parsePair(pair, "TLS_CERT and TLS_KEY must be a certificate and its key, in PEM.");
-  return pair;
-}
-
-/** Throws an Error with `message` unless both are readable and belong together. */
-function parsePair({ cert, key }: { cert: string; key: string }, message: string) {
+/** A certificate and its key, in PEM. Throws an Error with the remedy unless they are a pair. */
+function readPair(certificateFile = "", keyFile = "", remedy: string) {
   try {
+    const [cert, key] = [readFileSync(certificateFile, "utf8"), readFileSync(keyFile, "utf8")];
     const certificate = new X509Certificate(cert);
-    if (certificate.checkPrivateKey(createPrivateKey(key))) return certificate;
+    if (certificate.checkPrivateKey(createPrivateKey(key))) return { cert, key, certificate };
   } catch {
     // What OpenSSL says of a damaged file helps nobody.
   }
-  throw new Error(message);
+  throw new Error(remedy);
 }
 
-/** Key and certificate from one file, which is made where it is missing or out of date. */
-function developmentCertificate(file: string): { cert: string; key: string } {
-  if (!existsSync(file) || isOutdated(file)) makeDevelopmentCertificate(file);
-  const pem = readFileSync(file, "utf8");
-  return { cert: pem, key: pem };
+/** The development certificate, made where it is missing or of no use any longer. */
+async function developmentPair(file: string) {
+  const read = () =>
+    readPair(file, file, `${file} is damaged. Delete it, and the next start makes a new one.`);
+  const isOutdated = () => {
+    const { certificate } = read();
+    // One that is an authority could sign for other names.
+    return certificate.ca || Date.parse(certificate.validTo) < Date.now();
+  };
+  if (!existsSync(file) || isOutdated()) {
+    const draft = await makeCertificate(file);
+    if (existsSync(file) && isOutdated()) rmSync(file);
+    // link() never overwrites: if another program was faster, its certificate stays.
+    await link(draft, file).catch(() => {});
+    rmSync(draft);
+  }
+  return read();
 }
 
-/** Whether it has expired, or is an authority: one that could sign for other names is replaced. */
-function isOutdated(file: string): boolean {
-  const pem = readFileSync(file, "utf8");
-  const remedy = `${file} is damaged. Delete it, and the next start makes a new one.`;
-  const certificate = parsePair({ cert: pem, key: pem }, remedy);
-  return certificate.ca || Date.parse(certificate.validTo) < Date.now();
-}
-
-/** For this machine and for servers only: no authority, so that it signs nothing else. */
-const selfSigned = [
-  ...["req", "-x509", "-nodes", "-days", "825", "-newkey", "ec"],
-  ...["-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=localhost"],
-  ...["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"],
-  ...["-addext", "basicConstraints=critical,CA:FALSE"],
-  ...["-addext", "keyUsage=critical,digitalSignature", "-addext", "extendedKeyUsage=serverAuth"],
-];
-
-function makeDevelopmentCertificate(file: string): void {
-  const openssl = Bun.which("openssl");
-  const ways = "install it, set TLS_CERT and TLS_KEY, or use http on a loopback host";
-  if (!openssl) throw new Error(`The program openssl is missing: ${ways}.`);
+/** Makes a key and a certificate for the servers of this machine alone: it is no authority. */
+async function makeCertificate(file: string): Promise<string> {
   mkdirSync(dirname(file), { recursive: true, mode: 0o700 });
   const draft = `${file}.${crypto.randomUUID()}`;
   writeFileSync(draft, "", { mode: 0o600 });
-  try {
-    const made = Bun.spawnSync([openssl, ...selfSigned, "-keyout", draft, "-out", draft]);
-    if (!made.success) throw new Error(`The program openssl failed: ${ways}.`);
-    if (existsSync(file) && isOutdated(file)) rmSync(file);
-    linkSync(draft, file);
-  } catch (error) {
-    // link() never overwrites: if another program was faster, its certificate stays.
-    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-  } finally {
-    rmSync(draft);
-  }
+  const { exitCode } = await Bun.$`openssl req -x509 -nodes -days 825 -newkey ec \
+    -pkeyopt ec_paramgen_curve:P-256 -subj /CN=localhost \
+    -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
+    -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature \
+    -addext extendedKeyUsage=serverAuth -keyout ${draft} -out ${draft}`
+    .nothrow()
+    .quiet();
+  if (exitCode === 0) return draft;
+  rmSync(draft);
+  const ways = "install it, set TLS_CERT and TLS_KEY, or use http on a loopback host";
+  throw new Error(`The program openssl is missing or failed: ${ways}.`);
 }
 
 // --- Plumbing: requests to other servers ---------------------------------------------------------
@@ -323,26 +320,21 @@ function makeDevelopmentCertificate(file: string): void {
  * certificate that the servers here use.
  */
 export async function directFetch(
-  url: string | URL,
+  url: string,
   init: BunFetchRequestInit,
   { certificateFile, developmentFile }: TlsFiles,
 ): Promise<Response> {
-  const target = new URL(url);
-  if (!isLoopback(target)) return await fetch(url, { ...init, redirect: "manual" });
+  if (!isLoopback(new URL(url))) return await fetch(url, { ...init, redirect: "manual" });
   const file = certificateFile || developmentFile;
-  const own = target.protocol === "https:" && existsSync(file) ? [readFileSync(file, "utf8")] : [];
-  const ca = [...own, ...nodeTls.getCACertificates()];
-  return await fetch(url, { ...init, redirect: "manual", proxy: false, tls: { ca } });
+  const own = existsSync(file) ? [readFileSync(file, "utf8")] : [];
+  const tls = { ca: [...own, ...getCACertificates()] };
+  return await fetch(url, { ...init, redirect: "manual", proxy: false, tls });
 }
 
 const maxAnswerBytes = 1_048_576;
 
 /** The same for an answer that must be short: metadata, keys, a token. Rejects for a longer one. */
-export async function boundedFetch(
-  url: string,
-  init: BunFetchRequestInit,
-  files: TlsFiles,
-): Promise<Response> {
+export async function boundedFetch(url: string, init: BunFetchRequestInit, files: TlsFiles) {
   // Unpacking would go past the bound before the first chunk is seen.
   const response = await directFetch(url, { ...init, decompress: false }, files);
   const chunks: Uint8Array[] = [];
@@ -357,85 +349,88 @@ export async function boundedFetch(
 
 /** The JSON object that a GET answers. Rejects for any other answer. */
 export async function fetchJson(url: string, signal: AbortSignal, files: TlsFiles) {
-  parseServerUrl("The address", url.split("?")[0] ?? "");
+  parseServerUrl("The address", url.split("?")[0] ?? "", "other");
   const response = await boundedFetch(url, { signal }, files);
-  if (response.status !== 200) throw new Error(`${url} answered with status ${response.status}.`);
-  return Object(await response.json()) as Record<string, unknown>;
+  if (response.status !== 200) throw new Error(`Status ${response.status} came from ${url}.`);
+  return Object(await response.json()) as Members;
 }
 
-/** The keys could not be fetched, which is not the fault of whoever presented a JWT. */
-export class KeysUnavailable extends Error {}
-
-type RemoteKeysRules = Record<"coolDownSeconds" | "maxAgeSeconds" | "keepSeconds", number>;
+type FetchKeys = (signal: AbortSignal) => Promise<unknown>;
+type KeyRules = Record<"coolDownSeconds" | "maxAgeSeconds" | "keepSeconds", number>;
 
 /**
- * The public keys of another party, as its JWK Set has them (RFC 7517 §5). jose keeps the set and
- * fetches it again for an unknown `kid`, at most once in a cool-down. This adds what jose lacks: a
- * cool-down after a failure, and the last known keys while a fetch fails.
+ * The public keys of another party (RFC 7517 §5), fetched when they are needed.
+ * Choice: jose chooses the key for a JWT, but its createRemoteJWKSet does not fetch: it tries again
+ * at once after a failure, and does not tell whether the set has changed.
  */
 export class RemoteKeys {
   /** The keys in use: another array if, and only if, the set has changed. */
   keys: jose.JWK[] = [];
-  readonly #rules: RemoteKeysRules;
+  readonly #fetchKeys: FetchKeys;
+  readonly #rules: KeyRules;
   readonly #clock: () => number;
-  readonly #jwkSet: ReturnType<typeof jose.createRemoteJWKSet>;
-  #fetched: jose.JWK[] = [];
+  #choose = jose.createLocalJWKSet({ keys: [] });
   #fetchedAt = -Infinity;
-  #failedAt = -Infinity;
-  #failure = new KeysUnavailable();
+  #triedAt = -Infinity;
+  #isTrying = false;
+  #lastTry = Promise.resolve();
 
   /**
-   * `fetchKeys` resolves with the `keys` of a JWK Set. A use of keys older than `maxAgeSeconds` waits
-   * for new ones; without new ones they are used until they are `keepSeconds` old.
+   * `fetchKeys` resolves with the `keys` of a JWK Set. A use of keys older than `maxAgeSeconds`
+   * waits for new ones; if there are none, the old ones are used until they are `keepSeconds` old.
    */
-  constructor(
-    fetchKeys: (signal: AbortSignal) => Promise<unknown>,
-    rules: RemoteKeysRules,
-    clock: () => number,
-  ) {
+  constructor(fetchKeys: FetchKeys, rules: KeyRules, clock: () => number) {
+    this.#fetchKeys = fetchKeys;
     this.#rules = rules;
     this.#clock = clock;
-    // jose wants an address; our own fetch knows where to look.
-    this.#jwkSet = jose.createRemoteJWKSet(new URL("https://keys.invalid"), {
-      cacheMaxAge: Infinity,
-      cooldownDuration: rules.coolDownSeconds * 1000,
-      timeoutDuration: 5_000,
-      [jose.customFetch]: (_url, { signal }) => this.#fetchJwkSet(() => fetchKeys(signal)),
-    });
+  }
+
+  #areYoungerThan(seconds: number): boolean {
+    return this.#clock() - this.#fetchedAt <= seconds * 1000;
   }
 
   get areKnown(): boolean {
-    return this.#clock() - this.#fetchedAt <= this.#rules.keepSeconds * 1000;
+    return this.#areYoungerThan(this.#rules.keepSeconds);
   }
 
-  /** The key for a JWT, as jose asks for it. Rejects with KeysUnavailable if a fetch failed. */
+  /** The key for a JWT, as jose asks for it. An unknown `kid` is a reason to fetch them again. */
   find: jose.JWTVerifyGetKey = async (header, jws) => {
-    const isOld = this.#clock() - this.#fetchedAt > this.#rules.maxAgeSeconds * 1000;
-    const failure = isOld ? await this.refresh().catch((error: unknown) => error) : undefined;
-    if (failure && !this.areKnown) throw failure;
-    return await this.#jwkSet(header, jws).finally(() => this.#noteChange());
+    const isFresh = this.#areYoungerThan(this.#rules.maxAgeSeconds);
+    const problem = isFresh ? undefined : await this.refresh().catch((error: unknown) => error);
+    if (problem && !this.areKnown) throw problem;
+    return await this.#choose(header, jws).catch(async (error: unknown) => {
+      if (!(error instanceof jose.errors.JWKSNoMatchingKey)) throw error;
+      await this.refresh();
+      return await this.#choose(header, jws);
+    });
   };
 
-  /** Fetches the keys, once at a time. Rejects with KeysUnavailable, and then keeps what it has. */
+  /**
+   * Fetches the keys, once at a time. Within the cool-down the outcome of the last try counts.
+   * Rejects with a refusal if they could not be fetched, which is not the fault of whoever sent the
+   * JWT.
+   */
   async refresh(): Promise<void> {
-    await this.#jwkSet.reload().finally(() => this.#noteChange());
+    const sinceTry = Math.abs(this.#clock() - this.#triedAt); // a clock can be set back
+    const isDue = !this.#isTrying && sinceTry >= this.#rules.coolDownSeconds * 1000;
+    if (isDue) this.#lastTry = this.#tryOnce();
+    await this.#lastTry;
   }
 
-  #noteChange(): void {
-    if (!Bun.deepEquals(this.#fetched, this.keys)) this.keys = this.#fetched;
-  }
-
-  async #fetchJwkSet(fetchKeys: () => Promise<unknown>): Promise<Response> {
-    const sinceFailure = this.#clock() - this.#failedAt;
-    if (sinceFailure < this.#rules.coolDownSeconds * 1000) throw this.#failure;
+  async #tryOnce(): Promise<void> {
+    this.#isTrying = true;
     try {
-      this.#fetched = usableKeys(await fetchKeys());
+      const keys = usableKeys(await this.#fetchKeys(AbortSignal.timeout(5_000)));
       this.#fetchedAt = this.#clock();
-      return Response.json({ keys: this.#fetched });
+      if (Bun.deepEquals(keys, this.keys)) return;
+      this.#choose = jose.createLocalJWKSet({ keys });
+      this.keys = keys;
     } catch (error) {
-      this.#failedAt = this.#clock();
-      this.#failure = new KeysUnavailable(`The keys could not be fetched: ${reasonOf(error)}`);
-      throw this.#failure;
+      const reason = `The keys could not be fetched: ${reasonOf(error)}`;
+      throw new Refusal("temporarily_unavailable", reason);
+    } finally {
+      this.#isTrying = false;
+      this.#triedAt = this.#clock();
     }
   }
 }
@@ -450,24 +445,34 @@ function usableKeys(keys: unknown): jose.JWK[] {
 
 // --- Plumbing: answering, stopping, logging ------------------------------------------------------
 
-export type Handler = (
-  request: Request,
-  server: Bun.Server<undefined>,
-) => Response | Promise<Response>;
+/** Logs what became of one request: its address and duration are added. */
+export type RequestLog = (event: string, details: Members) => void;
+export type Handler = (request: Request, log: RequestLog) => Response | Promise<Response>;
 
 /** The path of a request. Its target need not be an absolute URL (HTTP/1.0, CONNECT). */
 export const pathOf = (request: Request, base: string) => URL.parse(request.url, base)?.pathname;
 
+export type Routes = Record<string, Handler>;
+
 /**
  * Answers each request by the handler that stands at its method and path, as "GET /health" or
- * "POST /orders". HEAD follows GET. Elsewhere 404, and 405 for a path that has other methods.
+ * "POST /orders", all below the path of `url`. HEAD follows GET. Elsewhere 404, and 405 for a path
+ * that has other methods.
  */
-export function router(base: string, handlers: Map<string, Handler>): Handler {
-  return async (request, server) => {
-    const path = pathOf(request, base);
+export function router(url: string, routes: Routes): Handler {
+  const base = withoutSlash(new URL(url).pathname);
+  const handlers = new Map<string, Handler>();
+  for (const [route, handler] of Object.entries(routes)) {
+    const [method, path = ""] = route.split(" ");
+    // RFC 8414 §3.1, RFC 9728 §3.1: these stand between host and path.
+    const isBetween = path.startsWith("/.well-known/oauth-");
+    handlers.set(`${method} ${isBetween ? path + base : base + path}`, handler);
+  }
+  return async (request, log) => {
+    const path = pathOf(request, url);
     const method = request.method === "HEAD" ? "GET" : request.method;
     const handler = handlers.get(`${method} ${path}`);
-    if (handler) return await handler(request, server);
+    if (handler) return await handler(request, log);
     const known = ["GET", "POST", "PUT", "PATCH", "DELETE"];
     const allowed = known.filter((name) => handlers.has(`${name} ${path}`));
     if (allowed.length === 0) return new Response("Not Found", { status: 404, headers: noStore });
@@ -477,47 +482,47 @@ export function router(base: string, handlers: Map<string, Handler>): Handler {
   };
 }
 
-/** What `start` of a server resolves with. */
-export interface RunningServer {
-  /** Where it is reached: the issuer of the authorization server, the resource of the API. */
-  url: string;
-  server: Bun.Server<undefined>;
-  /** Drains and stops the server, and closes what it has opened. */
-  stop: () => Promise<void>;
-}
+/** Logs a refusal, and makes the answer of it. */
+export type AnswerRefusal = (refusal: Refusal, log: RequestLog, request: Request) => Response;
 
-/** A server from its start to its stop: the one wrapper around all of its answers. */
+/** A server from its start to its stop, and the one wrapper around all of its answers. */
 export class Lifecycle {
   isStopping = false;
   readonly #log: Log;
+  readonly #answerRefusal: AnswerRefusal;
 
-  constructor(log: Log) {
+  constructor(log: Log, answerRefusal: AnswerRefusal) {
     this.#log = log;
+    this.#answerRefusal = answerRefusal;
   }
 
-  /** Turns an unexpected failure into a constant 500, and closes connections while stopping. */
-  async answer(handler: Handler, ...[request, server]: Parameters<Handler>): Promise<Response> {
-    let response: Response;
-    try {
-      response = await handler(request, server);
-    } catch (error) {
-      const reason = error instanceof Error ? error.stack : error;
-      this.#log.write("failure", { reason: String(reason).slice(0, 2_000) });
-      response = new Response("Internal Server Error", { status: 500, headers: noStore });
-    }
+  /** Answers a refusal, makes any other failure a constant 500, and closes while stopping. */
+  async answer(handler: Handler, request: Request, http: Bun.Server<undefined>) {
+    const started = performance.now();
+    const log: RequestLog = (event, details) => {
+      const address = http.requestIP(request)?.address;
+      const milliseconds = Math.round(performance.now() - started);
+      this.#log.write(event, { address, ...details, milliseconds });
+    };
+    const response = await Promise.try(handler, request, log).catch((error: unknown) => {
+      if (error instanceof Refusal) return this.#answerRefusal(error, log, request);
+      const reason = String(error instanceof Error ? error.stack : error).slice(0, 2_000);
+      log("failure", { reason });
+      return new Response("Internal Server Error", { status: 500, headers: noStore });
+    });
     if (this.isStopping) response.headers.set("connection", "close");
     return response;
   }
 
   /**
-   * Lets callers come back elsewhere, then waits at most 5 s for answers that are under way. Without
-   * the pause, a client that keeps its connection gets a reset on its next request.
+   * Lets callers come back elsewhere, then waits at most 5 s for answers that are under way.
+   * Without the pause, a client that keeps its connection gets a reset on its next request.
    */
-  async stop(server: Bun.Server<undefined>, drainSeconds: number): Promise<void> {
+  async stop(http: Bun.Server<undefined>, drainSeconds: number): Promise<void> {
     this.isStopping = true;
     await Bun.sleep(drainSeconds * 1000);
-    await Promise.race([server.stop(), Bun.sleep(5_000)]);
-    await server.stop(true);
+    await Promise.race([http.stop(), Bun.sleep(5_000)]);
+    await http.stop(true);
     await this.#log.flush();
   }
 }
@@ -526,16 +531,22 @@ export class Lifecycle {
 export const urlOf = (url: string, { port }: Bun.Server<undefined>) =>
   url.replace(/:0(?=\/|$)/, `:${port}`);
 
-/** Stops gracefully on SIGTERM or SIGINT, at once on a second one. */
-export function stopOnSignal({ stop }: RunningServer): void {
+type Running = { url: string; stop: () => Promise<void> };
+
+/**
+ * Runs a server until SIGTERM or SIGINT, which stop it gracefully; a second one ends it at once.
+ */
+export async function runProgram(name: string, start: () => Promise<Running>) {
+  requireBunVersion();
+  const { url, stop } = await start().catch(fail);
   let signals = 0;
   const onSignal = async () => {
     signals++;
-    if (signals > 1) process.exit(1);
-    await stop();
-    process.exit(0);
+    if (signals === 1) await stop();
+    process.exit(signals === 1 ? 0 : 1);
   };
   process.on("SIGTERM", onSignal).on("SIGINT", onSignal);
+  console.error(`${name}: ${url}`);
 }
 
 /** Ends the program: one line on stderr, exit code 1. */
@@ -551,11 +562,8 @@ export function requireBunVersion(): void {
   if (isOld) fail(`This needs Bun ${wanted} or later; this is ${Bun.version}.`);
 }
 
-/** Where log lines go, as Bun's FileSink takes them: a promise says that a line has to wait. */
-export interface LogSink {
-  write(line: string): unknown;
-  flush(): unknown;
-}
+/** Where log lines go. When `write` returns a promise, the line has to wait for a slow reader. */
+export type LogSink = { write(line: string): unknown; flush(): unknown };
 
 // A process has one standard output, and two writers would mix their lines.
 let standardOutput: LogSink | undefined;
@@ -573,8 +581,7 @@ export class Log {
   }
 
   /** Writes one line. Whoever calls bounds what comes from a request. */
-  write(event: string, details: Record<string, unknown>): void {
-    if (!this.#sink) return;
+  write(event: string, details: Members): void {
     if (this.#waitingCharacters > maxWaitingCharacters) {
       this.#dropped++;
       return;
@@ -584,14 +591,11 @@ export class Log {
     const entry = { time: new Date().toISOString(), event, ...details, ...dropped };
     // JSON leaves characters as they are that end a line or move a cursor somewhere.
     const line = `${JSON.stringify(entry).replace(/[\x7f-\x9f\u2000-\u206f]/g, "?")}\n`;
-    const written = this.#sink.write(line);
-    if (written instanceof Promise) void this.#countWhileWaiting(written, line.length);
-  }
-
-  async #countWhileWaiting(written: Promise<unknown>, characters: number): Promise<void> {
-    this.#waitingCharacters += characters;
-    await written.catch(() => {}); // a closed stdout ends no server
-    this.#waitingCharacters -= characters;
+    const written = this.#sink?.write(line);
+    if (!(written instanceof Promise)) return;
+    this.#waitingCharacters += line.length;
+    const settle = () => (this.#waitingCharacters -= line.length);
+    written.then(settle, settle); // a closed stdout ends no server
   }
 
   /** Waits until what was written has arrived, but no longer than a second. */

@@ -12,16 +12,14 @@
  * (c) and (d) find the public JWK that they verify with in the variable KEY.
  */
 
+import type * as Jose from "jose";
+
 type Handler = (request: Request) => Response | Promise<Response>;
 
-const floor = process.argv[2] ?? "";
-
-/** Only floors that use jose load it: (a) is the floor of the start, too. */
-async function handler(): Promise<Handler> {
-  if (floor === "a") return () => new Response("hi");
-  const jose = await import("jose");
-  const presentedKey = process.env["KEY"] ? JSON.parse(process.env["KEY"]) : undefined;
-  const verificationKey = presentedKey && (await jose.importJWK(presentedKey, "ES256"));
+/** The floors that use jose. */
+async function withJose(jose: typeof Jose): Promise<Record<string, Handler>> {
+  const presented = JSON.parse(process.env["KEY"] ?? "null");
+  const verificationKey = presented && (await jose.importJWK(presented, "ES256"));
   const { privateKey, publicKey } = await jose.generateKeyPair("ES256");
   const kid = await jose.calculateJwkThumbprint(publicKey);
   const iat = Math.floor(Date.now() / 1000);
@@ -32,11 +30,8 @@ async function handler(): Promise<Handler> {
     const jwt = new jose.SignJWT(claims).setProtectedHeader({ alg: "ES256", kid, typ: "at+jwt" });
     return new Response(await jwt.sign(privateKey));
   };
-  const handlers: Record<string, Handler> = {
-    b: async (request) => {
-      await request.text();
-      return await answerToken();
-    },
+  return {
+    b: async (request) => await request.text().then(answerToken),
     c: async (request) => {
       const accessToken = request.headers.get("authorization")?.slice("Bearer ".length) ?? "";
       await jose.jwtVerify(accessToken, verificationKey);
@@ -55,9 +50,11 @@ async function handler(): Promise<Handler> {
       return await answerToken();
     },
   };
-  return handlers[floor]!;
 }
 
-const fetch = await handler();
+const floor = process.argv[2] ?? "";
+// (a) loads no jose: it is the floor of the start, too.
+const fetch =
+  floor === "a" ? () => new Response("hi") : (await withJose(await import("jose")))[floor]!;
 const server = Bun.serve({ hostname: "127.0.0.1", port: 0, development: false, fetch });
 console.error(`floor (${floor}): ${server.url.origin}`);

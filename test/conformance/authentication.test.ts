@@ -3,7 +3,7 @@
  * at a time. Whatever is wrong with it, the answer is the same, and only the log has the reason.
  */
 
-import { afterAll, describe, expect, test } from "bun:test";
+import { describe, expect, test } from "bun:test";
 import { authorizationServer, type ClientRegistration } from "../../config.ts";
 import { basic, fieldsOf, form, post, raw, refusalOf } from "../support/http.ts";
 import { assertionType, key } from "../support/jwt.ts";
@@ -11,8 +11,7 @@ import { launch } from "../support/programs.ts";
 import { idp as startIdp } from "../support/servers.ts";
 
 const now = 1_800_000_000;
-let at = now;
-const clock = () => at * 1000;
+const clock = () => now * 1000;
 
 const stored = (text: string, expires_at?: number) => ({
   sha256: new Bun.CryptoHasher("sha256").update(text).digest("base64"),
@@ -42,7 +41,6 @@ const clients: ClientRegistration[] = [
 ];
 
 const idp = await startIdp({ clients, clock });
-afterAll(() => idp.stop());
 
 /** What proves who the client is: parameters of the form, or an Authorization field. */
 interface Credentials {
@@ -101,52 +99,54 @@ const unsigned = (header: object, sub: string) =>
   `client_assertion_type=${assertionType}&client_assertion=${part(header)}.${part({ sub })}.x`;
 const ofNobody = unsigned({ alg: "ES256" }, "nobody");
 
-const notAuthenticated: [rule: string, credentials: Credentials][] = [
-  ["RFC 6749 §3.2.1 no credentials", {}],
+/** The log has a word that tells an operator why, and the client once its secret was looked at. */
+type Refused = [rule: string, credentials: Credentials, reason?: RegExp, client_id?: string];
+const notAuthenticated: Refused[] = [
+  ["RFC 6749 §3.2.1 no credentials", {}, /no credentials/],
   ["RFC 6749 §3.2.1 client_id alone", only("client_id=client")],
   ["RFC 6749 §3.2 client_id and an empty secret", inForm("client", "")],
-  ["RFC 6749 §3.2.1 client_secret alone", only(`client_secret=${secret}`)],
-  ["RFC 6749 §5.2 unknown client, in the form", inForm("nobody", secret)],
-  ["RFC 6749 §5.2 unknown client, in Basic", inBasic("nobody", secret)],
-  ["RFC 6749 §5.2 client_id in capitals", inForm("CLIENT", secret)],
-  ["RFC 6749 §5.2 client_id with a space", inForm("client ", secret)],
-  ["RFC 6749 §5.2 client_id __proto__", inForm("__proto__", secret)],
-  ["RFC 6749 §5.2 client_id toString, in Basic", inBasic("toString", secret)],
-  ["RFC 6749 §5.2 wrong secret, in the form", inForm("client", "wrong")],
-  ["RFC 6749 §5.2 wrong secret, in Basic", inBasic("client", "wrong")],
-  ["RFC 6749 §5.2 secret with a space", inForm("client", `${secret} `)],
-  ["RFC 6749 §5.2 the beginning of the secret", inForm("client", secret.slice(0, -1))],
-  ["RFC 6749 §5.2 the hash instead of the secret", inForm("client", stored(secret).sha256)],
-  ["RFC 6749 §5.2 the secret of another client", inForm("client", "1st word")],
-  ["RFC 6749 §5.2 none of several secrets", inForm("several", secret)],
-  ["RFC 6749 §5.2 an expired secret, from the second that it names", inForm("several", "3rd word")],
-  ["RFC 6749 §5.2 a client with keys and no secret", inForm("keyed", secret)],
-  ["RFC 6749 §5.2 44 spaces, a client without secrets", inForm("keyed", " ".repeat(44))],
-  ["RFC 6749 §5.2 Bearer alone", field("Bearer token")],
+  ["RFC 6749 §3.2.1 client_secret alone", only(`client_secret=${secret}`), /unknown/],
+  ["RFC 6749 §5.2 unknown client, in the form", inForm("nobody", secret), /unknown/],
+  ["RFC 6749 §5.2 unknown client, in Basic", inBasic("nobody", secret), /unknown/],
+  ["RFC 6749 §5.2 unknown client, a raw +", inBasic("nobody", "a+b"), /unknown/],
+  ["RFC 6749 §5.2 client_id in capitals", inForm("CLIENT", secret), /unknown/],
+  ["RFC 6749 §5.2 client_id with a space", inForm("client ", secret), /unknown/],
+  ["RFC 6749 §5.2 client_id __proto__", inForm("__proto__", secret), /unknown/],
+  ["RFC 6749 §5.2 wrong secret, in the form", inForm("client", "wrong"), /wrong/, "client"],
+  ["RFC 6749 §5.2 wrong secret, in Basic", inBasic("client", "wrong"), /wrong/, "client"],
+  ["RFC 6749 §5.2 secret with a space", inForm("client", `${secret} `), /wrong/, "client"],
+  ["RFC 6749 §5.2 its beginning", inForm("client", secret.slice(0, -1)), /wrong/, "client"],
+  ["RFC 6749 §5.2 its hash", inForm("client", stored(secret).sha256), /wrong/, "client"],
+  ["RFC 6749 §5.2 the secret of another", inForm("client", "1st word"), /wrong/, "client"],
+  ["RFC 6749 §5.2 none of several secrets", inForm("several", secret), /wrong/, "several"],
+  ["RFC 6749 §5.2 an expired secret", inForm("several", "3rd word"), /expired/, "several"],
+  ["RFC 6749 §5.2 a client with keys alone", inForm("keyed", secret), /wrong/, "keyed"],
+  ["RFC 6749 §5.2 the same, 44 spaces", inForm("keyed", " ".repeat(44)), /wrong/, "keyed"],
+  ["RFC 6749 §5.2 Bearer alone", field("Bearer token"), /Authorization/],
   ["RFC 6749 §5.2 Digest alone", field('Digest username="a", qop=auth, nc=00000001')],
   ["RFC 6749 §5.2 Digest alone, a quoted comma", field('Digest username="a, b c", realm="x"')],
   ["RFC 6749 §5.2 a scheme that ends in Basic", field(`X${right}`)],
-  ["RFC 7617 §2 Basic alone", field("Basic")],
+  ["RFC 7617 §2 Basic alone", field("Basic"), /Authorization/],
   ["RFC 7617 §2 Basic without a space", field(right.replace(" ", ""))],
   ["RFC 7617 §2 something after the credentials", field(`${right} x`)],
-  ["RFC 7617 §2 Basic that is not base64", field(`Basic client:${secret}`)],
-  ["RFC 7617 §2 Basic in base64url", field("Basic Y2xp_W50-A==")],
-  ["RFC 7617 §2 no colon", field(`Basic ${base64("client")}`)],
-  ["RFC 7617 §2 no colon, the secret alone", field(`Basic ${base64(secret)}`)],
+  ["RFC 7617 §2 Basic that is not base64", field(`Basic client:${secret}`), /base64/],
+  ["RFC 7617 §2 Basic in base64url", field("Basic Y2xp_W50-A=="), /base64/],
+  ["RFC 7617 §2 no colon", field(`Basic ${base64("client")}`), /Basic/],
   ["RFC 7617 §2 the colon percent-encoded", field(`Basic ${base64(`client%3A${secret}`)}`)],
   ["RFC 7617 §2 an empty secret", inBasic("client", "")],
   ["RFC 7617 §2 an empty client_id", inBasic("", secret)],
   ["RFC 7617 §2 a NUL", inBasic("client\0", secret)],
-  ["RFC 7617 §2.1 Latin-1", field(`Basic ${base64(Buffer.from("käfer:x", "latin1"))}`)],
+  ["RFC 7617 §2.1 Latin-1", field(`Basic ${base64(Buffer.from("käfer:x", "latin1"))}`), /utf-8/i],
   ["RFC 7617 §2.1 a byte order mark", inBasic("\uFEFFclient", secret)],
   ["RFC 6749 §2.3.1 a percent-encoded NUL", inBasic("client", `${secret}%00`)],
-  ["RFC 6749 §2.3.1 + as it is", inBasic("plus", "a+b")],
-  ["RFC 6749 §2.3.1 % as it is", inBasic("percent", "100%")],
-  ["RFC 6749 §2.3.1 malformed percent-encoding of the id", inBasic("cl%i", secret)],
+  ["RFC 6749 §2.3.1 + as it is", inBasic("plus", "a+b"), /form-encoded/, "plus"],
+  ["RFC 6749 §2.3.1 % as it is", inBasic("percent", "100%"), /form-encoded/, "percent"],
+  ["RFC 6749 §2.3.1 wrong, + as it is", inBasic("plus", "b+a"), /wrong/, "plus"],
+  ["RFC 6749 §2.3.1 wrong, % as it is", inBasic("percent", "99%"), /wrong/, "percent"],
+  ["RFC 6749 §2.3.1 malformed percent-encoding of the id", inBasic("cl%i", secret), /Basic/],
   ["RFC 6749 §2.3.1 percent-encoded bytes that are not UTF-8", inBasic("client", "%FF")],
-  ["RFC 6749 §2.3.1 + at the end of the secret", inBasic("client", `${secret}+`)],
   ["RFC 7617 §2 malformed Basic and client_id", both("Basic", "client_id=client")],
-  ["RFC 7523 §3 an assertion of an unknown client", only(ofNobody)],
+  ["RFC 7523 §3 an assertion of an unknown client", only(ofNobody), /unknown/],
   ["RFC 7523 §2.2 half an assertion", only(`client_assertion_type=${assertionType}`)],
 ];
 
@@ -154,35 +154,24 @@ const challenge = `Basic realm="${idp.url}", charset="UTF-8"`;
 /** The answer to all of them. */
 const same = await ask({});
 
-for (const [rule, credentials] of notAuthenticated)
+for (const [rule, credentials, word = /^/, client_id] of notAuthenticated)
   test(`POST /connect/token, ${rule} → 401 invalid_client, as every other`, async () => {
     const answer = await ask(credentials);
     expect(refusalOf(answer)).toBe("401 invalid_client");
     expect(answer.headers.get("www-authenticate")).toBe(challenge);
-    expect(answer.text).toBe(same.text);
-    expect(fieldsOf(answer)).toEqual(fieldsOf(same));
-    const { event, reason } = idp.lines.at(-1)!;
-    expect([event, reason]).toEqual(["token refused", expect.stringMatching(/^[A-Z].{10,}\.$/)]);
+    expect([answer.text, fieldsOf(answer)]).toEqual([same.text, fieldsOf(same)]);
+    // The caller learns no more than who has the reason.
+    expect(answer.json.error_description).toMatch(/\blog\b/);
+    const line = idp.lines.at(-1)!;
+    expect([line.event, line["reason"]]).toEqual(["token refused", expect.stringMatching(word)]);
+    expect(line["reason"]).toMatch(/^[A-Z].{10,}\.$/);
+    if (client_id || word.source === "unknown") expect(line["client_id"]).toBe(client_id);
   });
 
 test("POST /connect/token, RFC 6749 §2.3.1 credentials in the query → 401 invalid_client", async () => {
   const endpoint = `${idp.tokenEndpoint}?client_id=client&client_secret=${secret}`;
-  expect(refusalOf(await ask({}, endpoint))).toBe("401 invalid_client");
-  const answer = await ask(only("client_id=client"), endpoint);
-  expect(refusalOf(answer)).toBe("401 invalid_client");
-});
-
-test("POST /connect/token, RFC 6749 §5.2 → the text of a 401 says who has the reason", () =>
-  expect(same.json.error_description).toMatch(/\blog\b/));
-
-test("POST /connect/token, RFC 6749 §5.2 a secret expires → 401 from that second on", async () => {
-  const statuses = [];
-  for (at of [now, now + 1, now + 2]) {
-    const [first, second] = [inForm("several", "1st word"), inForm("several", "2nd word")];
-    statuses.push((await ask(first)).status, (await ask(second)).status);
-  }
-  at = now;
-  expect(statuses).toEqual([200, 200, 200, 401, 200, 401]);
+  for (const credentials of [{}, only("client_id=client")])
+    expect(refusalOf(await ask(credentials, endpoint))).toBe("401 invalid_client");
 });
 
 // --- In two ways at once -------------------------------------------------------------------------
@@ -191,8 +180,8 @@ const inPost = `client_id=client&client_secret=${secret}`;
 const wrong = basic("client", "wrong");
 const unknown = basic("nobody", "x");
 
-const contradicting: [rule: string, credentials: Credentials][] = [
-  ["RFC 6749 §2.3 Basic and client_secret", both(right, inPost)],
+const contradicting: Refused[] = [
+  ["RFC 6749 §2.3 Basic and client_secret", both(right, inPost), /more than one/],
   ["RFC 6749 §2.3 Bearer and client_secret", both("Bearer token", inPost)],
   ["RFC 6749 §2.3 a scheme alone and client_secret", both("x", inPost)],
   ["RFC 6749 §2.3 malformed Basic and client_secret", both("Basic", inPost)],
@@ -201,25 +190,24 @@ const contradicting: [rule: string, credentials: Credentials][] = [
   ["RFC 6749 §2.3 Basic and the type of an assertion", both(right, "client_assertion_type=x")],
   ["RFC 6749 §2.3 client_secret, an assertion", only(`${inPost}&client_assertion=x`)],
   ["RFC 6749 §2.3 two ways of an unknown client", both("x", "client_id=nobody&client_secret=x")],
-  ["RFC 6749 §3.2.1 Basic and another client_id", both(right, "client_id=plus")],
+  ["RFC 6749 §3.2.1 Basic and another client_id", both(right, "client_id=plus"), /differ/],
   ["RFC 6749 §3.2.1 Basic and client_id in capitals", both(right, "client_id=CLIENT")],
   ["RFC 6749 §3.2.1 a wrong secret and another client_id", both(wrong, "client_id=plus")],
   ["RFC 6749 §3.2.1 an unknown client and client_id", both(unknown, "client_id=client")],
 ];
 
-for (const [rule, credentials] of contradicting)
+for (const [rule, credentials, word = /^/] of contradicting)
   test(`POST /connect/token, ${rule} → 400 invalid_request`, async () => {
     expect(refusalOf(await ask(credentials))).toBe("400 invalid_request");
     expect(idp.lines.at(-1)!["reason"]).toMatch(/^[A-Z"c].{10,}\.$/);
+    expect(idp.lines.at(-1)!["reason"]).toMatch(word);
   });
 
 const twoFields: [name: string, one: string, two: string][] = [
-  ["the same Basic twice", right, right],
   ["Basic, then Bearer", right, "Bearer token"],
   ["Bearer, then Basic", "Bearer token", right],
   ["Basic, then a scheme alone", right, "Negotiate"],
   ["an empty one, then Basic", "", right],
-  ["a scheme with a dot, then Basic", "Foo.Bar x", right],
   ["Basic, then a scheme of odd letters", right, "!#$%&'*+-.^_`|~1aZ x"],
   ["Digest, then Basic", 'Digest username="a, b c", realm="x"', right],
 ];
@@ -248,7 +236,6 @@ describe("a public issuer", async () => {
   const clients = [registration("client", ...secrets, { sha256: made[0]![1]! })];
   const server = await startIdp({ issuer, listen: "127.0.0.1:0", clients, clock });
   const endpoint = `http://127.0.0.1:${server.server.port}/connect/token`;
-  afterAll(() => server.stop());
 
   test("bun run secret → 32 random bytes in base64url, and the hash for the registration", async () => {
     expect(codes).toEqual([0, 0]);
@@ -287,71 +274,39 @@ describe("a public issuer", async () => {
 
 // --- The log -------------------------------------------------------------------------------------
 
-describe("log", () => {
-  /** The word is what an operator must know; the client is named once its secret was looked at. */
-  const kinds: [kind: string, credentials: Credentials, word: RegExp, client_id?: string][] = [
-    ["no credentials", {}, /no credentials/],
-    ["an unknown client", inForm("nobody", "x"), /unknown/],
-    ["a wrong secret", inBasic("client", "wrong"), /wrong/, "client"],
-    ["an expired secret", inForm("several", "3rd word"), /expired/, "several"],
-    ["a client without secrets", inForm("keyed", "x"), /wrong/, "keyed"],
-    ["a right secret with a raw +", inBasic("plus", "a+b"), /form-encoded/, "plus"],
-    ["a right secret with a raw %", inBasic("percent", "100%"), /form-encoded/, "percent"],
-    ["a wrong secret with a raw +", inBasic("plus", "b+a"), /wrong/, "plus"],
-    ["a wrong secret with a raw %", inBasic("percent", "99%"), /wrong/, "percent"],
-    ["an unknown client with a raw +", inBasic("nobody", "a+b"), /unknown/],
-    ["another scheme", field("Bearer token"), /Authorization/],
-    ["Basic that is not base64", field("Basic ???"), /base64/],
-    ["Basic that is not UTF-8", field(`Basic ${base64(new Uint8Array([255, 58]))}`), /UTF-8/],
-    ["Basic without a colon", field(`Basic ${base64("client")}`), /Basic/],
-    ["a malformed id in Basic", inBasic("%", secret), /Basic/],
-    ["two ways", both(right, inPost), /more than one/],
-    ["two ids", both(right, "client_id=plus"), /differ/],
-  ];
-
-  for (const [kind, credentials, word, client_id] of kinds)
-    test(`RFC 6749 §2.3.1 ${kind} → the reason, and whose request it was`, async () => {
-      await ask(credentials);
-      const line = idp.lines.at(-1)!;
-      expect(line["reason"]).toMatch(word);
-      if (client_id || word.source === "unknown") expect(line["client_id"]).toBe(client_id);
-    });
-
-  test("an unknown client_id may be a secret, or a forged line → nothing of it", async () => {
-    for (const id of [secret, '\n{"event":"token issued"}\n', '","event":"token issued","x":"']) {
+test("log: an unknown client_id, which may be a secret or a forged line → nothing of it", async () => {
+  for (const id of [secret, '\n{"event":"token issued"}\n', '","event":"token issued","x":"']) {
+    for (const credentials of [inForm(id, "x"), inBasic(encodeURIComponent(id), "x")]) {
       const before = idp.lines.length;
-      await ask(inForm(id, "x"));
-      await ask(inBasic(encodeURIComponent(id), "x"));
-      expect(idp.lines).toHaveLength(before + 2);
-      const [one, two] = idp.lines.slice(-2).map(({ time, milliseconds, ...line }) => line);
-      expect(one).toEqual(two!);
-      const { reason, ...said } = one!;
+      await ask(credentials);
+      expect(idp.lines).toHaveLength(before + 1);
+      const { time, milliseconds, reason, ...said } = idp.lines.at(-1)!;
       const who = { event: "token refused", address: "127.0.0.1" };
       expect(said).toEqual({ ...who, error: "invalid_client" });
       expect(reason).not.toContain(id);
     }
-  });
+  }
+});
 
-  test("a reason is cut at 2,000 characters", async () => {
-    // An assertion with a crit header (RFC 7515 §4.1.11) that the reason repeats.
-    const name = "x".repeat(3_000);
-    const parameters = unsigned({ alg: "ES256", crit: [name], [name]: 1 }, "keyed");
-    expect(refusalOf(await ask({ parameters }))).toBe("401 invalid_client");
-    expect(idp.lines.at(-1)!["reason"].length).toBeLessThanOrEqual(2_000);
-  });
+test("log: a reason is cut at 2,000 characters", async () => {
+  // An assertion with a crit header (RFC 7515 §4.1.11) that the reason repeats.
+  const name = "x".repeat(3_000);
+  const parameters = unsigned({ alg: "ES256", crit: [name], [name]: 1 }, "keyed");
+  expect(refusalOf(await ask({ parameters }))).toBe("401 invalid_client");
+  expect(idp.lines.at(-1)!["reason"].length).toBeLessThanOrEqual(2_000);
+});
 
-  test("no secret, no credentials and no token in any form", async () => {
-    const tokens: string[] = [];
-    for (const [, credentials] of [...accepted, ...notAuthenticated, ...contradicting]) {
-      const { json } = await ask(credentials);
-      if (json.access_token) tokens.push(...json.access_token.split("."));
-    }
-    const secrets = [secret, oddSecret, "one:two=three", "a+b", "100%", "2nd word", "3rd word"];
-    const shown = secrets.flatMap((text) => [text, encodeURIComponent(text), base64(text)]);
-    const hashes = secrets.map((text) => stored(text).sha256);
-    const log = JSON.stringify(idp.lines);
-    const all = [...shown, ...hashes, ...tokens, right];
-    expect(all.filter((text) => log.includes(text))).toEqual([]);
-    expect(tokens).toHaveLength(3 * accepted.length);
-  });
+test("log: no secret, no credentials and no token in any form", async () => {
+  const tokens: string[] = [];
+  for (const [, credentials] of [...accepted, ...notAuthenticated, ...contradicting]) {
+    const { json } = await ask(credentials);
+    if (json.access_token) tokens.push(...json.access_token.split("."));
+  }
+  const secrets = [secret, oddSecret, "one:two=three", "a+b", "100%", "2nd word", "3rd word"];
+  const shown = secrets.flatMap((text) => [text, encodeURIComponent(text), base64(text)]);
+  const hashes = secrets.map((text) => stored(text).sha256);
+  const log = JSON.stringify(idp.lines);
+  const all = [...shown, ...hashes, ...tokens, right];
+  expect(all.filter((text) => log.includes(text))).toEqual([]);
+  expect(tokens).toHaveLength(3 * accepted.length);
 });

@@ -3,11 +3,10 @@
  * granted, what the token says, and what is refused. A row is one deviation from a valid request.
  */
 
-import { afterAll, describe, expect, test } from "bun:test";
+import { expect, test } from "bun:test";
 import * as jose from "jose";
 import { authorizationServer } from "../../config.ts";
 import { type Answer, fieldsOf, form, post, raw, refusalOf, send } from "../support/http.ts";
-import { temporaryDirectory } from "../support/programs.ts";
 import { idp as startIdp, resource as myApi } from "../support/servers.ts";
 
 const now = 1_800_000_000;
@@ -38,7 +37,6 @@ const clients = [
 ];
 
 const idp = await startIdp({ scopes, clients, clock });
-afterAll(() => idp.stop());
 const { keys } = (await send(`${idp.url}/.well-known/openid-configuration/jwks`)).json;
 const published = jose.createLocalJWKSet({ keys });
 
@@ -67,6 +65,9 @@ const bytes = (...codes: number[]) =>
 /** As another client, for a scope. */
 const as = (client_id: string, scope?: string) => ({ client_id, scope });
 
+/** RFC 6749 §5.1: nothing on the way may keep it. */
+const noStore = { "cache-control": "no-store", pragma: "no-cache" };
+
 /** What is granted, where it is not what `client` gets. */
 interface Grant {
   aud?: string;
@@ -81,6 +82,8 @@ async function expectGrant(
   own = {},
 ): Promise<void> {
   expect(answer.status).toBe(200);
+  const { "content-length": _length, "content-type": type, ...fields } = fieldsOf(answer);
+  expect([type, fields]).toEqual([expect.stringMatching(/^application\/json(;|$)/), noStore]);
   const { access_token, ...described } = answer.json;
   expect(described).toEqual({ token_type: "Bearer", expires_in, scope });
   const options = { currentDate: new Date(now * 1000) };
@@ -116,14 +119,12 @@ const granted: [rule: string, change: Change, grant?: Grant][] = [
   ["RFC 6749 §3.3 a scope twice is one", { scope: "api1 api1" }],
   ["RFC 6749 §3.3 no scope is all", as("orders"), writeRead],
   ["RFC 6749 §3.3 one of two", as("orders", "read"), { ...writeRead, scope: "read" }],
-  ["RFC 6749 §3.3 two scopes, a space as +", "&scope=api1+api1"],
   ["RFC 6749 §3.3 two scopes, a space as %20", "&scope=api1%20api1"],
   ["RFC 6749 §3.3 three words, two scopes", as("several", "write read write"), writeRead],
   ["RFC 6749 §3.3 the scope decides the resource", as("several", "api1")],
   ["RFC 8707 §2 the only resource", { resource: myApi }],
   ["RFC 8707 §2 a URN", { ...as("auditor"), resource: audit }, { aud: audit, scope: "audit" }],
   ["RFC 8707 §2 resource alone: all there", { ...as("several"), resource: orders }, readWrite],
-  ["RFC 8707 §2 another resource alone", { ...as("several"), resource: myApi }],
   ["RFC 8707 §2.2 scopes of it", { ...as("several", "write read"), resource: orders }, writeRead],
   ["RFC 8707 §2.2 an empty scope", { ...as("several", ""), resource: orders }, readWrite],
   ["RFC 6749 §5.1 a lifetime of its own", as("short"), { expires_in: 1 }],
@@ -143,22 +144,8 @@ for (const query of ["scope=x", "grant_type=x", `resource=${audit}`, "client_sec
   test(`POST /connect/token, RFC 6749 §3.2 the query is not read, ${query} → 200`, async () =>
     await expectGrant(await post(`${idp.tokenEndpoint}?${query}`, valid)));
 
-test("POST /connect/token, RFC 9068 §2.2 X-Forwarded-* of another host → 200, the same iss", async () => {
-  const forwarded = { "x-forwarded-host": "x.example", "x-forwarded-proto": "https" };
-  await expectGrant(await ask({}, { ...forwarded, forwarded: "host=x.example;proto=https" }));
-});
-
 test("POST /connect/token, RFC 9068 §2.2.3 claims of a registration → in the token", async () =>
   await expectGrant(await ask(as("claims")), {}, "claims", ownClaims));
-
-test("POST /connect/token, RFC 6749 §5.1 → 200, JSON that no cache keeps", async () => {
-  const { "content-length": _length, ...fields } = fieldsOf(await ask({}));
-  const noStore = { "cache-control": "no-store", pragma: "no-cache" };
-  expect(fields).toEqual({
-    ...noStore,
-    "content-type": expect.stringMatching(/^application\/json(;|$)/),
-  });
-});
 
 test("POST /connect/token, RFC 9068 §2.2 → each token has a jti of its own", async () => {
   const answers = await Promise.all([ask({}), ask({}), ask({})]);
@@ -179,7 +166,6 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
     ["RFC 6749 §3.2 scope twice", "&scope=api1&scope=api1"],
     ["RFC 6749 §3.2 scope twice, the first one empty", "&scope=&scope=api1"],
     ["RFC 6749 §3.2 scope twice, the second one empty", "&scope=api1&scope"],
-    ["RFC 6749 §3.2 scope twice, both empty", "&scope=&scope="],
     ["RFC 6749 §3.2 scope twice, once percent-encoded", "&scope=api1&%73cope=api1"],
     ["RFC 6749 §3.2 client_assertion twice, both empty", "&client_assertion=&client_assertion="],
     ["RFC 6749 §3.2 client_assertion_type twice", "&client_assertion_type&client_assertion_type"],
@@ -188,7 +174,6 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
     ["RFC 6749 Appendix B % in a name", "&%zz=1"],
     ["RFC 6749 Appendix B % in an unknown parameter", "&x=%"],
     ["RFC 6749 Appendix B percent-encoded bytes that are not UTF-8", "&scope=%C3%28"],
-    ["RFC 6749 Appendix B a percent-encoded surrogate", "&scope=%ED%A0%80"],
     ["RFC 6749 Appendix B a byte that is not UTF-8", bytes(0xff)],
     ["RFC 6749 Appendix B a percent-encoded NUL", "&scope=api1%00"],
     ["RFC 6749 Appendix B a NUL as it is", bytes(0)],
@@ -201,14 +186,12 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
   "401 invalid_client": [
     ["RFC 6749 §5.2 the client comes before grant_type", { ...wrong, grant_type: "x" }],
     ["RFC 6749 §5.2 the client comes before its grant types", { ...wrong, ...as("nothing") }],
-    ["RFC 6749 §5.2 the client comes before no grant_type", { ...wrong, grant_type: undefined }],
     ["RFC 6749 §5.2 the client comes before scope and resource", { ...wrong, ...toOther }],
   ],
   "400 unsupported_grant_type": [
     ["RFC 6749 §5.2 grant_type authorization_code", { grant_type: "authorization_code" }],
     ["RFC 6749 §5.2 unknown grant_type", { grant_type: "x" }],
     ["RFC 6749 §5.2 grant_type in capitals", { grant_type: "CLIENT_CREDENTIALS" }],
-    ["RFC 6749 §5.2 grant_type with a space", { grant_type: "client_credentials " }],
     ["RFC 6749 §5.2 grant_type __proto__", { grant_type: "__proto__" }],
     ["RFC 6749 §5.2 another that is registered", { ...as("other grant"), grant_type: "password" }],
     ["RFC 6749 §5.2 grant_type comes before the proof", { grant_type: "x" }, { dpop: "x" }],
@@ -232,11 +215,9 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
     ["RFC 6749 §3.3 scope in capitals", { scope: "API1" }],
     ["RFC 6749 §3.3 a space alone", { scope: " " }],
     ["RFC 6749 §3.3 a space before", { scope: " api1" }],
-    ["RFC 6749 §3.3 a space after", { scope: "api1 " }],
     ["RFC 6749 §3.3 two spaces", { scope: "api1  api1" }],
     ["RFC 6749 §3.3 a tab", { scope: "api1\tapi1" }],
     ["RFC 6749 §3.3 a comma", as("orders", "read,write")],
-    ["RFC 6749 §3.3 a letter that is not ASCII", { scope: "äpi1" }],
     ["RFC 6749 §3.3 scope __proto__", { scope: "__proto__" }],
     ["RFC 6749 §3.3 no scope, several resources", as("several")],
     ["RFC 6749 §3.2 an empty scope, several resources", as("several", "")],
@@ -249,29 +230,34 @@ const refused: Record<string, [rule: string, change: Change, headers?: { dpop: s
   "400 invalid_target": [
     ["RFC 8707 §2 an unknown resource", { resource: "https://other.example.com" }],
     ["RFC 8707 §2 a resource where the client has no scope", { resource: audit }],
-    ["RFC 8707 §2 the same, of a client with several", { ...as("several"), resource: audit }],
     ["RFC 8707 §2 a slash at the end", { resource: `${myApi}/` }],
     ["RFC 8707 §2 the beginning", { ...as("orders"), resource: "https://orders.example.com" }],
     ["RFC 8707 §2 a fragment", { resource: `${myApi}#x` }],
     ["RFC 8707 §2 relative", { resource: "//api.example.com" }],
     ["RFC 8707 §2 the host in capitals", { resource: "https://API.example.com" }],
-    ["RFC 8707 §2 a space at the end", { resource: `${myApi} ` }],
     ["RFC 8707 §2 the issuer", { resource: idp.url }],
     ["RFC 8707 §2 resource __proto__", { resource: "__proto__" }],
     ["RFC 8707 §2 one resource twice", `&resource=${myApi}&resource=${myApi}`],
     ["RFC 8707 §2 two resources", `&resource=${myApi}&resource=${orders}`],
     ["RFC 8707 §2 two resources, the first one empty", `&resource=&resource=${myApi}`],
-    ["RFC 8707 §2 two resources, the second one empty", `&resource=${myApi}&resource=`],
     ["RFC 8707 §2 the resource comes before the scope", { scope: "x", resource: "x" }],
   ],
 };
 
+/** RFC 6749 §5.2: for each error one text, whatever was sent. */
+const texts: Record<string, string> = {};
+
 for (const [expected, rows] of Object.entries(refused))
   for (const [rule, change, headers] of rows)
     test(`POST /connect/token, ${rule} → ${expected}`, async () => {
-      expect(refusalOf(await ask(change, headers))).toBe(expected);
+      const answer = await ask(change, headers);
+      expect(refusalOf(answer)).toBe(expected);
+      expect(answer.json.error_description).toBe(
+        (texts[expected] ??= answer.json.error_description),
+      );
       const { event, reason } = idp.lines.at(-1)!;
-      expect([event, reason]).toEqual(["token refused", expect.stringMatching(/^[A-Z"].{10}/)]);
+      expect([event, reason]).toEqual(["token refused", expect.stringMatching(/^[A-Z].{10,}\.$/)]);
+      expect(reason).not.toContain("client_secret=");
     });
 
 const otherTypes = [
@@ -291,76 +277,13 @@ for (const type of otherTypes)
 test("POST /connect/token, RFC 6749 §4.4.2 neither Content-Type nor body → 400 invalid_request", async () =>
   expect(refusalOf(await send(idp.tokenEndpoint, { method: "POST" }))).toBe("400 invalid_request"));
 
-test("POST /connect/token, RFC 6749 §5.2 → each error has one text, whatever was sent", async () => {
-  const texts = new Map<string, Set<string>>();
-  for (const [expected, rows] of Object.entries(refused))
-    for (const [, change, headers] of rows.slice(-3)) {
-      const { error_description } = (await ask(change, headers)).json;
-      texts.set(expected, (texts.get(expected) ?? new Set()).add(error_description));
-    }
-  expect([...texts.values()].map((each) => each.size)).toEqual(Array(texts.size).fill(1));
-  expect(new Set([...texts.values()].map(([text]) => text)).size).toBe(texts.size);
-});
-
-// --- The key that signs --------------------------------------------------------------------------
-
-describe("POST /connect/token and the signing keys", () => {
-  const times = { pollSeconds: 100, maxAgeSeconds: 1, refreshSeconds: 1, coolDownSeconds: 1 };
-  const signingKeys = { ...times, algorithms: ["ES256"], rotationSeconds: 250 };
-  let at = now;
-  const settings = (retentionSeconds: number, lifetime: number, databaseUrl: string) => ({
-    clock: () => at * 1000,
-    databaseUrl,
-    signingKeys: { ...signingKeys, retentionSeconds },
-    clients: [{ ...registration, access_token_lifetime_seconds: lifetime }],
-  });
-
-  test("RFC 9068 §2.2 → 200, exp no later than the key is removed", async () => {
-    // The key is made to be removed after 350 s; then the settings allow for longer lifetimes.
-    at = now;
-    const databaseUrl = `sqlite://${temporaryDirectory()}/keys.db`;
-    await (await startIdp(settings(100, 100, databaseUrl))).stop();
-    const changed = await startIdp(settings(3600, 200, databaseUrl));
-    const seconds = [];
-    for (at of [now, now + 149, now + 150, now + 151, now + 249]) {
-      const { expires_in, access_token } = (await post(changed.tokenEndpoint, valid)).json;
-      const { iat, exp } = jose.decodeJwt(access_token);
-      expect([iat, exp]).toEqual([at, at + expires_in]);
-      seconds.push(expires_in);
-    }
-    expect(seconds).toEqual([200, 200, 200, 199, 101]);
-    await changed.stop();
-  });
-
-  test("RFC 9110 §15.6.4 no key to sign with → 503 temporarily_unavailable", async () => {
-    at = now;
-    const server = await startIdp(settings(3600, 3600, "sqlite://:memory:"));
-    const answers = [];
-    // It has a key and a successor, each for 250 s, and does not look again before 100 s are over.
-    for (at of [now + 499, now + 500]) {
-      const health = await send(`${server.url}/health`);
-      answers.push([health.status, health.json.status]);
-      const answer = await post(server.tokenEndpoint, valid);
-      answers.push(answer.status === 200 ? 200 : refusalOf(answer));
-      answers.push(answer.headers.get("retry-after"));
-    }
-    const unavailable = ["503 temporarily_unavailable", "5"];
-    expect(answers).toEqual([[200, "ok"], 200, null, [503, "unavailable"], ...unavailable]);
-    const { client_id, error } = server.lines.at(-1)!;
-    expect([client_id, error]).toEqual(["client", "temporarily_unavailable"]);
-    await server.stop();
-  });
-});
-
 // --- Paths and methods ---------------------------------------------------------------------------
-
-const plain = { "cache-control": "no-store", pragma: "no-cache" };
 
 for (const method of ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
   test(`${method} /connect/token, RFC 9110 §15.5.6 → 405, Allow: POST`, async () => {
     const answer = await send(`${idp.tokenEndpoint}?${valid}`, { method });
     expect([answer.status, answer.json]).toEqual([405, undefined]);
-    expect(fieldsOf(answer)).toMatchObject({ ...plain, allow: "POST" });
+    expect(fieldsOf(answer)).toMatchObject({ ...noStore, allow: "POST" });
   });
 
 const unknownPaths = [
@@ -376,7 +299,7 @@ for (const path of unknownPaths)
     for (const method of ["GET", "HEAD", "POST", "DELETE"]) {
       const answer = await send(idp.url + path, { method });
       expect([answer.status, answer.json]).toEqual([404, undefined]);
-      expect(fieldsOf(answer)).toMatchObject(plain);
+      expect(fieldsOf(answer)).toMatchObject(noStore);
       expect(answer.headers.has("allow")).toBe(false);
     }
   });
@@ -388,16 +311,12 @@ const withBody = (body: string) => `${formEnd}Content-Length: ${body.length}\r\n
 
 /** A target need not be an absolute URL, and Host is not trusted. */
 const targets: [name: string, line: string, fields: string, status: number][] = [
-  ["RFC 9112 §3.2.1 origin-form", "GET /health HTTP/1.1", end, 200],
   ["RFC 9112 §3.2.2 absolute-form, another host", "GET http://x.y/health HTTP/1.1", end, 200],
   ["RFC 9112 §3.2.2 absolute-form without a path", `GET ${idp.url} HTTP/1.1`, end, 404],
   ["RFC 9112 §3.2.3 authority-form", "CONNECT x.example:443 HTTP/1.1", end, 404],
   ["RFC 9110 §9.3.6 CONNECT with a path", "CONNECT /health HTTP/1.1", end, 405],
-  ["RFC 9110 §9.3.8 TRACE", "TRACE /health HTTP/1.1", end, 405],
   ["RFC 9112 §3.2 HTTP/1.0 without Host", "GET /health HTTP/1.0", "", 200],
-  ["RFC 9112 §3.2 HTTP/1.0 without Host, unknown path", "GET /x HTTP/1.0", "", 404],
   ["RFC 9112 §3.2 two slashes", "GET //health HTTP/1.1", end, 404],
-  ["RFC 9112 §3.2 another Host", "GET /health HTTP/1.1", end.replace(host, "x.example"), 200],
   ["RFC 9112 §3.2 a path in Host", "GET /x HTTP/1.1", end.replace(host, "x/health?"), 404],
 ];
 
@@ -410,50 +329,30 @@ test("RFC 9112 §3.2 a malformed Host → an answer, and no failure", async () =
   expect(answer).toMatch(/^HTTP\/1\.1 [24]/);
 });
 
-test("POST /connect/token, RFC 9068 §2.2 another Host → 200, iss as configured", async () => {
-  const other = withBody(valid).replace(host, "x.example");
+test("POST /connect/token, RFC 9068 §2.2 another Host, and X-Forwarded-Host → 200, iss as configured", async () => {
+  const forwarded = "X-Forwarded-Host: x.example\r\nForwarded: host=x.example;proto=https\r\n";
+  const other = forwarded + withBody(valid).replace(host, "x.example");
   const answer = await raw(idp.url, `POST http://y.example/connect/token HTTP/1.1\r\n${other}`);
   const { access_token } = JSON.parse(answer.split("\r\n\r\n")[1]!);
   expect(jose.decodeJwt(access_token).iss).toBe(idp.url);
 });
 
-// --- Sizes, and what Bun answers before our code -------------------------------------------------
+// --- Sizes ---------------------------------------------------------------------------------------
 
 const start = "POST /connect/token HTTP/1.1\r\n";
-const long = (length: number) => `${valid}&x=`.padEnd(length, "x");
+const padding = (length: number): `&${string}` => `&x=${"x".repeat(length - valid.length - 3)}`;
 const inChunks = (body: string) => {
-  const chunk = (text: string) => `${text.length.toString(16)}\r\n${text}\r\n`;
-  const chunks = body.match(/.{1,999}/g)!.map(chunk);
-  return `${formEnd}Transfer-Encoding: chunked\r\n\r\n${chunks.join("")}0\r\n\r\n`;
+  const chunks = body
+    .match(/.{1,999}/g)!
+    .map((text) => `${text.length.toString(16)}\r\n${text}\r\n`);
+  return `${start}${formEnd}Transfer-Encoding: chunked\r\n\r\n${chunks.join("")}0\r\n\r\n`;
 };
 
-test("POST /connect/token, RFC 9110 §15.5.14 a body of 16 KiB → 200", async () => {
-  await expectGrant(await ask(`&x=${"x".repeat(16_384 - valid.length - 3)}`));
-  expect(await raw(idp.url, start + inChunks(long(16_384)))).toStartWith("HTTP/1.1 200 ");
-});
-
-const andLength = (head: string) => head.replace("\r\n\r\n", "\r\nContent-Length: 1\r\n\r\n");
-const endless = `${end}X: ${"x".repeat(65_536)}\r\n`;
-
-/** Answered by Bun's own parser, without a body, whatever our code does. */
-const answeredByBun: [name: string, request: string, status: number][] = [
-  ["RFC 9110 §15.5.14 a body of a byte more", start + withBody(long(16_385)), 413],
-  ["RFC 9110 §15.5.14 in chunks, too long together", start + inChunks(long(16_385)), 413],
-  ["RFC 6585 §5 header fields of 64 KiB", `GET /health HTTP/1.1\r\n${endless}\r\n`, 431],
-  ["RFC 9112 §3.2 HTTP/1.1 without Host", "GET /health HTTP/1.1\r\n\r\n", 400],
-  ["RFC 9112 §3.2.4 asterisk-form", `OPTIONS * HTTP/1.1\r\n${end}\r\n`, 400],
-  ["RFC 9112 §3 no request line", `health\r\n${end}\r\n`, 400],
-  ["RFC 9112 §6.3 two lengths", start + andLength(withBody(valid)), 400],
-  ["RFC 9112 §6.1 a length and chunks", start + andLength(inChunks(valid)), 400],
-];
-
-for (const [name, request, status] of answeredByBun)
-  test(`${name} → ${status} by Bun, and the server goes on`, async () => {
-    const before = idp.lines.length;
-    expect(await raw(idp.url, request, 50)).toStartWith(`HTTP/1.1 ${status} `);
-    // What breaks off while it is read is refused, and is no failure of ours.
-    for (const { event } of idp.lines.slice(before)) expect(event).toBe("token refused");
-    await expectGrant(await ask({}));
+for (const [length, status] of [[16_384, 200] as const, [16_385, 413] as const])
+  test(`POST /connect/token, RFC 9110 §15.5.14 a body of ${length} bytes → ${status}`, async () => {
+    expect((await ask(padding(length))).status).toBe(status);
+    const answer = await raw(idp.url, inChunks(valid + padding(length)), 50);
+    expect(answer).toStartWith(`HTTP/1.1 ${status} `);
   });
 
 // --- Unexpected failures, and the log ------------------------------------------------------------
@@ -462,20 +361,18 @@ test("POST /connect/token, RFC 9110 §15.6.1 what fails unexpectedly → 500 wit
   let cause: unknown;
   const claims = Object.defineProperty({}, "broken", { enumerable: true, get: () => raise(cause) });
   const server = await startIdp({ clients: [{ ...registration, claims }] });
-  const answers = [];
-  for (cause of [new Error("cause ".repeat(1_000)), "cause"]) {
+  for (cause of [new Error("cause ".repeat(1_000)), "cause ".repeat(1_000)]) {
     const answer = await post(server.tokenEndpoint, valid);
-    expect(fieldsOf(answer)).toMatchObject(plain);
-    answers.push([answer.status, answer.text]);
+    expect(fieldsOf(answer)).toMatchObject(noStore);
+    expect([answer.status, answer.text]).toEqual([
+      500,
+      expect.not.stringMatching(/cause|\.ts|\bat /),
+    ]);
+    const { event, reason } = server.lines.at(-1)!;
+    expect([event, reason]).toEqual(["failure", expect.stringContaining("cause cause")]);
+    expect(reason).toHaveLength(2_000);
   }
-  expect(answers[0]).toEqual([500, expect.not.stringMatching(/cause|idp\.ts|Error: |\bat /)]);
-  expect(answers[1]).toEqual(answers[0]!);
-  const failures = server.lines.filter(({ event }) => event === "failure");
-  const reasons = failures.map(({ reason }) => reason);
-  expect(reasons).toEqual([expect.stringContaining("cause cause"), "cause"]);
-  expect(reasons[0]).toHaveLength(2_000);
   expect((await send(`${server.url}/health`)).status).toBe(200);
-  await server.stop();
 });
 
 function raise(cause: unknown): never {
@@ -501,36 +398,8 @@ test("log: one line for each request → to whom, what, by which key, or why not
   }
 });
 
-/** Each is told apart from the others, so that an operator knows what to change. */
-const reasons: [kind: string, change: Change, headers?: Record<string, string>][] = [
-  ["another content type", {}, { "content-type": "text/plain" }],
-  ["a repeated parameter", "&scope=&scope="],
-  ["another repeated parameter", "&grant_type="],
-  ["malformed percent-encoding", "&scope=%"],
-  ["not UTF-8", bytes(0xff)],
-  ["no grant_type", { grant_type: undefined }],
-  ["another grant_type", { grant_type: "password" }],
-  ["a grant_type that is not registered", as("other grant")],
-  ["an unknown scope", { scope: "x" }],
-  ["an unknown scope after a granted one", { scope: "api1 x" }],
-  ["several resources to choose from", as("several")],
-  ["several resources named", `&resource=${myApi}&resource=${orders}`],
-  ["a resource without a scope", { resource: orders }],
-];
-
-test("log: each kind of refusal → a sentence of its own, without the secret", async () => {
-  const logged = [];
-  for (const [, change, headers] of reasons) {
-    await ask(change, headers);
-    logged.push(idp.lines.at(-1)!["reason"]);
-  }
-  for (const reason of logged) expect(reason).toMatch(/^[A-Z].+\.$/);
-  expect(new Set(logged).size).toBe(reasons.length);
-  expect(logged.join("\n")).not.toContain("client_secret=");
-});
-
 const tooLong = "x".repeat(5_000);
-const unbounded: [name: string, change: Change, logged: number, type?: string][] = [
+const bounded: [name: string, change: Change, logged: number, type?: string][] = [
   ["Content-Type", {}, 100, tooLong],
   ["grant_type", { grant_type: tooLong }, 100],
   ["scope", { scope: tooLong }, 100],
@@ -539,7 +408,7 @@ const unbounded: [name: string, change: Change, logged: number, type?: string][]
   ["client_id", { client_id: tooLong }, 0],
 ];
 
-for (const [name, change, logged, type = form] of unbounded)
+for (const [name, change, logged, type = form] of bounded)
   test(`log: a ${name} of 5,000 characters → ${logged} of them`, async () => {
     expect((await ask(change, { "content-type": type })).status).toBeWithin(400, 402);
     const { event, reason } = idp.lines.at(-1)!;

@@ -3,6 +3,9 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { closeSync, constants, openSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import * as jose from "jose";
+import { authorizationServer } from "../../config.ts";
+import { Connection } from "../attack/hostile.ts";
 import { eventually } from "../support/databases.ts";
 import { type Answer, basic, post, send } from "../support/http.ts";
 import { accessToken, assertion, assertionType, Issuer, key, proof } from "../support/jwt.ts";
@@ -12,52 +15,10 @@ import { api, idp, pair, resource } from "../support/servers.ts";
 
 setDefaultTimeout(20_000); // most of it runs at the same time
 
-const clientSecrets = [{ sha256: "K7gNU3sdo+OL0wNhqoVWhr3g6s1xYv72ol/pe/Unols=" }]; // "secret"
-const registration = {
-  client_id: "client",
-  client_secrets: clientSecrets,
-  grant_types: ["client_credentials"],
-  scope: "api1",
-  access_token_lifetime_seconds: 3600,
-};
+const registration = authorizationServer.clients[0]!;
 const right = { grant_type: "client_credentials", client_id: "client", client_secret: "secret" };
 const local = { ISSUER: "http://127.0.0.1:0", API_URL: "http://127.0.0.1:0" };
 const issuerKey = await key();
-
-/** A kept connection, on which the test says byte for byte what is sent, and when. */
-class Connection {
-  #received = "";
-  #isOpen = true;
-  #socket: Bun.Socket | undefined;
-
-  static async to(url: string): Promise<Connection> {
-    const connection = new Connection();
-    const { hostname, port } = new URL(url);
-    const socket = {
-      data: (_: unknown, chunk: Buffer) => void (connection.#received += chunk.toString("latin1")),
-      close: () => void (connection.#isOpen = false),
-    };
-    connection.#socket = await Bun.connect({ hostname, port: Number(port), socket });
-    return connection;
-  }
-
-  send = (text: string) => this.#socket!.write(text);
-  end = () => this.#socket!.end();
-
-  /** The next answer, or undefined if the server hangs up without a whole one. */
-  async answer(): Promise<{ status: number; closes: boolean } | undefined> {
-    while (true) {
-      const [, head = "", rest] = /^(.*?)\r\n\r\n(.*)$/s.exec(this.#received) ?? [];
-      const length = Number(/^content-length: (\d+)/im.exec(head)?.[1] ?? 0);
-      if (rest !== undefined && rest.length >= length) {
-        this.#received = rest.slice(length);
-        return { status: Number(head.split(" ")[1]), closes: /^connection: close/im.test(head) };
-      }
-      if (!this.#isOpen) return undefined;
-      await Bun.sleep(1);
-    }
-  }
-}
 
 const get = (path: string, fields = "") => `GET ${path} HTTP/1.1\r\nHost: a\r\n${fields}\r\n`;
 const form = new URLSearchParams(right).toString();
@@ -65,11 +26,8 @@ const postHead = (path: string, length: number) =>
   `POST ${path} HTTP/1.1\r\nHost: a\r\nContent-Length: ${length}\r\n` +
   "Content-Type: application/x-www-form-urlencoded\r\n\r\n";
 
-const isRefused = (url: string) =>
-  Connection.to(url).then(
-    (connection) => void connection.end(),
-    () => true,
-  );
+const isRefused = async (url: string) =>
+  (await fetch(url, { keepalive: false }).catch(() => undefined)) === undefined;
 
 // --- Starting ------------------------------------------------------------------------------------
 
@@ -77,23 +35,20 @@ describe("starting", () => {
   test("two servers with different settings run in one process, and stop alone", async () => {
     const tenant = { ...registration, client_id: "tenant", access_token_lifetime_seconds: 60 };
     const [first, second] = [await idp(), await idp({ clients: [tenant] })];
-    const asTenant = { ...right, client_id: "tenant" };
-    const ask = async (url: string, body: Record<string, string>) => {
-      const { status, json } = await post(url, body);
+    const ask = async (url: string, client_id: string) => {
+      const { status, json } = await post(url, { ...right, client_id });
       return [status, json.expires_in];
     };
-    expect(await ask(first.tokenEndpoint, right)).toEqual([200, 3600]);
-    expect(await ask(second.tokenEndpoint, asTenant)).toEqual([200, 60]);
-    expect(await ask(first.tokenEndpoint, asTenant)).toEqual([401, undefined]);
-    expect(await ask(second.tokenEndpoint, right)).toEqual([401, undefined]);
+    expect(await ask(first.tokenEndpoint, "client")).toEqual([200, 3600]);
+    expect(await ask(first.tokenEndpoint, "tenant")).toEqual([401, undefined]);
+    expect(await ask(second.tokenEndpoint, "client")).toEqual([401, undefined]);
     const kids = new Set([...first.lines, ...second.lines].map(({ kid }) => kid));
     expect(kids.size).toBe(4 + 1); // two keys each, and none in a refusal
     await first.stop();
     expect(await isRefused(first.url)).toBe(true);
-    expect(await ask(second.tokenEndpoint, asTenant)).toEqual([200, 60]);
+    expect(await ask(second.tokenEndpoint, "tenant")).toEqual([200, 60]);
     const events = second.lines.map(({ event, client_id }) => `${event} ${client_id}`).slice(2);
-    const issued = "token issued tenant";
-    expect(events).toEqual([issued, "token refused undefined", issued]);
+    expect(events).toEqual(["token refused undefined", "token issued tenant"]);
     await second.stop();
   });
 
@@ -104,10 +59,10 @@ describe("starting", () => {
     await first.stop();
     expect((await send(`${second.url}/health`)).status).toBe(200);
     await second.stop();
-    const issuer = { issuer: "http://127.0.0.1:9" };
-    const third = await api(issuer.issuer, { reusePort: true });
-    await expect(api(issuer.issuer, { resource: third.url })).rejects.toThrow();
-    await (await api(issuer.issuer, { resource: third.url, reusePort: true })).stop();
+    const issuer = "http://127.0.0.1:9";
+    const third = await api(issuer, { reusePort: true });
+    await expect(api(issuer, { resource: third.url })).rejects.toThrow();
+    await (await api(issuer, { resource: third.url, reusePort: true })).stop();
     await third.stop();
   });
 
@@ -115,25 +70,20 @@ describe("starting", () => {
     const cwd = temporaryDirectory();
     const files = ["config", "idp", "api", "client"].map((name) => join(root, `${name}.ts`));
     const script = files.map((file) => `await import("${file}");`).join("\n");
-    const command = [process.execPath, "--eval", `${script}\nconsole.log("imported");`];
-    const program = new Program(command, cwd);
-    const ended = [await program.ended(), program.stdout, program.stderr, readdirSync(cwd)];
-    expect(ended).toEqual([0, "imported\n", "", []]);
+    const program = new Program([process.execPath, "--eval", script], cwd);
+    expect([await program.ended(), program.stdout, program.stderr]).toEqual([0, "", ""]);
+    expect(readdirSync(cwd)).toEqual([]);
   });
 
-  for (const program of ["idp", "api"] as const) {
-    test.concurrent(
-      `${program}.ts, port in use → one line that names it, exit code 1`,
-      async () => {
-        const taken = Bun.serve({ hostname: "127.0.0.1", port: 0, fetch: () => new Response() });
-        const url = taken.url.origin;
-        const second = launch(program, { env: { ISSUER: url, API_URL: url, LOG: "off" } });
-        expect([await second.ended(), second.stdout]).toEqual([1, ""]);
-        expect(second.stderr).toMatch(new RegExp(`^error: [^\n]*\\b${taken.port}\\b[^\n]*\n$`));
-        await taken.stop(true);
-      },
-    );
-  }
+  const programs = ["idp", "api"] as const;
+  test.concurrent.each(programs)("%s.ts, port in use → one line, exit code 1", async (program) => {
+    const taken = Bun.serve({ hostname: "127.0.0.1", port: 0, fetch: () => new Response() });
+    const url = taken.url.origin;
+    const second = launch(program, { env: { ISSUER: url, API_URL: url, LOG: "off" } });
+    expect([await second.ended(), second.stdout]).toEqual([1, ""]);
+    expect(second.stderr).toMatch(new RegExp(`^error: [^\n]*\\b${taken.port}\\b[^\n]*\n$`));
+    await taken.stop(true);
+  });
 });
 
 // --- Stopping ------------------------------------------------------------------------------------
@@ -141,13 +91,11 @@ describe("starting", () => {
 type Kind = "idp" | "api";
 
 /** Starts a server as a program, with a request that it lets in and one that it does not. */
-async function started(kind: Kind, drainSeconds?: number) {
+async function started(kind: Kind, drainSeconds = 0.5) {
   const issuer = new Issuer([issuerKey]);
   const env = kind === "idp" ? local : { ...local, ISSUER: issuer.url };
   const changes = { authorizationServer: { drainSeconds }, resourceServer: { drainSeconds } };
-  const program = drainSeconds
-    ? launchWith(kind, changes as never, { env })
-    : launch(kind, { env });
+  const program = drainSeconds > 1 ? launchWith(kind, changes, { env }) : launch(kind, { env });
   const url = await urlOf(program);
   const token = await accessToken(issuerKey, issuer.url, url);
   const wrong = form.replace("=secret", "=wrong");
@@ -161,22 +109,19 @@ async function started(kind: Kind, drainSeconds?: number) {
 describe("stopping", () => {
   const underLoad: [Kind, NodeJS.Signals][] = [
     ["idp", "SIGTERM"],
-    ["idp", "SIGINT"],
-    ["api", "SIGTERM"],
     ["api", "SIGINT"],
   ];
   test.concurrent.each(underLoad)(
-    "%s.ts, %s under load → every request on kept connections is answered and logged, exit code 0",
+    "%s.ts, %s under load → all answered and logged",
     async (kind, signal) => {
       const { program, url, requests } = await started(kind);
       const statuses: [right: unknown[], wrong: unknown[]] = [[], []];
       const work = async (first: number) => {
-        const connection = await Connection.to(url);
+        const connection = new Connection(url);
         for (let turn = first; ; turn = 1 - turn) {
-          connection.send(requests[turn]!);
-          const answer = await connection.answer();
-          statuses[turn]!.push(answer?.status);
-          if (!answer || answer.closes) return connection.end();
+          const { status, headers } = await connection.send(requests[turn]!);
+          statuses[turn]!.push(status);
+          if (status === 0 || headers.get("connection") === "close") return connection.close();
         }
       };
       const working = [0, 1, 0, 1].map(work);
@@ -199,10 +144,7 @@ describe("stopping", () => {
     },
   );
 
-  const ask = (body: Record<string, string>) => ({
-    method: "POST",
-    body: new URLSearchParams(body),
-  });
+  const ask = (body: object) => ({ method: "POST", body: new URLSearchParams({ ...body }) });
   const documents: Record<Kind, [path: string, init: BunFetchRequestInit, status: number][]> = {
     idp: [
       ["/.well-known/openid-configuration", {}, 200],
@@ -221,13 +163,13 @@ describe("stopping", () => {
     ],
   };
   const twice: [Kind, NodeJS.Signals, NodeJS.Signals][] = [
-    ["idp", "SIGTERM", "SIGINT"],
-    ["api", "SIGINT", "SIGTERM"],
     ["idp", "SIGTERM", "SIGTERM"],
+    ["api", "SIGINT", "SIGTERM"],
   ];
+  // It drains: /health is 503 and every answer closes its connection. A second signal ends it.
   test.concurrent.each(twice)(
-    "%s.ts, %s → /health 503 and Connection: close on every answer; %s → exit code 1 at once",
-    async (kind, first, second) => {
+    "%s.ts, %s → it drains; %s → exit code 1",
+    async (kind, ...signals) => {
       const { program, url, token } = await started(kind, 600);
       const headers = { authorization: `Bearer ${token}` };
       if (kind === "api") expect((await send(`${url}/identity`, { headers })).status).toBe(200);
@@ -241,28 +183,26 @@ describe("stopping", () => {
       };
       await requireAnswers(false);
       expect(await health()).toMatchObject({ status: 200, json: { status: "ok" } });
-      program.process.kill(first);
+      program.process.kill(signals[0]);
       await eventually("it drains", async () => (await health()).status === 503);
       const draining = await health();
       const fields = ["cache-control", "connection"].map((name) => draining.headers.get(name));
       expect([draining.json, ...fields]).toEqual([{ status: "unavailable" }, "no-store", "close"]);
       await requireAnswers(true);
-      program.process.kill(second);
+      program.process.kill(signals[1]);
       expect([await program.ended(), program.process.signalCode]).toEqual([1, null]);
     },
   );
 
-  test.concurrent(
-    "a log that never arrives, or fails, does not keep a server from stopping",
-    async () => {
-      const flushes = [
-        () => Promise.withResolvers().promise,
-        () => Promise.reject(new Error("closed")),
-      ];
-      const servers = flushes.map((flush) => idp({ log: { write: () => {}, flush } }));
-      for (const server of await Promise.all(servers)) await server.stop();
-    },
-  );
+  test.concurrent("a log that never arrives, or fails, keeps no server from stopping", async () => {
+    const late = () => Promise.withResolvers().promise;
+    let flushed = 0;
+    for (const outcome of [late, () => Promise.reject(new Error("closed"))]) {
+      const flush = () => (flushed++, outcome());
+      await (await idp({ log: { write: () => {}, flush } })).stop();
+    }
+    expect(flushed).toBe(2);
+  });
 });
 
 // --- Log -----------------------------------------------------------------------------------------
@@ -293,11 +233,13 @@ async function redirected(redirection: string) {
   const cwd = temporaryDirectory();
   const settings = JSON.stringify({ ...verbose(100_000), drainSeconds: 0.01 });
   const script = `
-    import { authorizationServer, stopOnSignal } from "${join(root, "config.ts")}";
+    import { authorizationServer, runProgram } from "${join(root, "config.ts")}";
     import { start } from "${join(root, "idp.ts")}";
-    const running = await start({ ...authorizationServer, ...${settings} });
-    stopOnSignal(running);
-    await Bun.write("url", running.url);`;
+    await runProgram("started", async () => {
+      const running = await start({ ...authorizationServer, ...${settings} });
+      await Bun.write("url", running.url);
+      return running;
+    });`;
   await Bun.write(join(cwd, "server.ts"), script);
   const command = `exec '${process.execPath}' --no-orphans server.ts ${redirection}`;
   const program = new Program(["sh", "-c", command], cwd);
@@ -316,78 +258,74 @@ describe("stdout", () => {
     expect([program.stdout, program.stderr]).toEqual(["", `authorization server: ${url}\n`]);
   });
 
-  test.concurrent(
-    "a reader that stops reading holds up no request, and gets whole lines",
-    async () => {
-      const pipe = new Pipe();
-      const { program, issue } = await redirected(`> '${pipe.path}'`);
-      const count = 20;
-      for (let sent = 0; sent < count; sent++) expect(await issue()).toBe(200);
-      const reader = pipe.read();
-      await reader.printed(/\n/, "stdout");
-      pipe.close();
-      let more = 0;
-      await eventually("there is room again", async () => {
-        more++;
-        expect(await issue()).toBe(200);
-        return reader.stdout.includes('"dropped":');
-      });
-      expect([await program.stop("SIGTERM"), await reader.ended()]).toEqual([0, 0]);
-      const entries = reader.log;
-      const dropped = entries.reduce((sum, entry) => sum + (entry["dropped"] ?? 0), 0);
-      expect(dropped).toBeGreaterThan(0);
-      expect(entries.length + dropped).toBe(2 + count + more); // two keys were made
-      expect(reader.stdout.split("\n").length - 1).toBe(entries.length);
-    },
-  );
+  test.concurrent("a reader that stops holds up no request, and gets whole lines", async () => {
+    const pipe = new Pipe();
+    const { program, issue } = await redirected(`> '${pipe.path}'`);
+    const count = 20;
+    for (let sent = 0; sent < count; sent++) expect(await issue()).toBe(200);
+    const reader = pipe.read();
+    await reader.printed(/\n/, "stdout");
+    pipe.close();
+    let more = 0;
+    await eventually("there is room again", async () => {
+      more++;
+      expect(await issue()).toBe(200);
+      return reader.stdout.includes('"dropped":');
+    });
+    expect([await program.stop("SIGTERM"), await reader.ended()]).toEqual([0, 0]);
+    const entries = reader.log;
+    const dropped = entries.reduce((sum, entry) => sum + (entry["dropped"] ?? 0), 0);
+    expect(dropped).toBeGreaterThan(0);
+    expect(entries.length + dropped).toBe(2 + count + more); // two keys were made
+    expect(reader.stdout.split("\n").length - 1).toBe(entries.length);
+  });
 
   test.concurrent("a reader that ends does not end the server", async () => {
     const pipe = new Pipe();
     const { program, issue } = await redirected(`> '${pipe.path}'`);
     pipe.close();
     for (let sent = 0; sent < 15; sent++) expect(await issue()).toBe(200);
-    expect([await program.stop("SIGTERM"), program.stderr]).toEqual([0, ""]);
+    expect(await program.stop("SIGTERM")).toBe(0);
+    expect(program.stderr).toMatch(/^started: [^\n]+\n$/);
   });
 
-  test.concurrent(
-    "without stdout and stderr it serves, and no file of its own gets the log",
-    async () => {
-      const { program, issue, cwd } = await redirected(">&- 2>&-");
-      expect(await issue()).toBe(200);
-      expect(await program.stop("SIGTERM")).toBe(0);
-      for (const file of readdirSync(join(cwd, "keys")))
-        expect(await Bun.file(join(cwd, "keys", file)).text()).not.toContain("token issued");
-    },
-  );
+  test.concurrent("without stdout and stderr it serves, and no file gets the log", async () => {
+    const { program, issue, cwd } = await redirected(">&- 2>&-");
+    expect(await issue()).toBe(200);
+    expect(await program.stop("SIGTERM")).toBe(0);
+    for (const file of readdirSync(join(cwd, "keys")))
+      expect(await Bun.file(join(cwd, "keys", file)).text()).not.toContain("token issued");
+  });
 });
 
 describe("answers under way while stopping", () => {
   test("idp.ts, a request whose body is still on its way → answered", async () => {
     const server = await idp();
-    const slow = await Connection.to(server.url);
-    slow.send(postHead("/connect/token", form.length) + form.slice(0, 20));
+    const slow = new Connection(server.url);
+    slow.write(postHead("/connect/token", form.length) + form.slice(0, 20));
     await send(`${server.url}/health`);
     const stopped = server.stop();
     await eventually("nobody listens", () => isRefused(server.url));
-    slow.send(form.slice(20));
-    expect(await slow.answer()).toEqual({ status: 200, closes: true });
+    const { status, headers } = await slow.send(form.slice(20));
+    expect([status, headers.get("connection")]).toEqual([200, "close"]);
     await stopped;
     expect(server.lines.at(-1)!.event).toBe("token issued");
   });
 
   test("api.ts, a call that waits for the issuer's keys → answered", async () => {
     const issuer = new Issuer([issuerKey]);
-    const gate = Promise.withResolvers<void>();
-    issuer.answer = () => gate.promise as Promise<never>; // then it answers as ever
+    const gate = Promise.withResolvers<undefined>();
+    issuer.answer = () => gate.promise as never; // then it answers as ever
     const server = await api(issuer.url);
-    const slow = await Connection.to(server.url);
     const token = await accessToken(issuerKey, issuer.url, server.url);
-    slow.send(get("/identity", `Authorization: Bearer ${token}\r\n`));
+    const slow = new Connection(server.url);
+    slow.write(get("/identity", `Authorization: Bearer ${token}\r\n`));
     await eventually("the keys are asked for", () => issuer.requests.length > 0);
     const stopped = server.stop();
     await eventually("nobody listens", () => isRefused(server.url));
-    gate.resolve();
-    expect(await slow.answer()).toEqual({ status: 200, closes: true });
+    gate.resolve(undefined);
+    const { status, headers } = await slow.next();
+    expect([status, headers.get("connection")]).toEqual([200, "close"]);
     await stopped;
   });
 });
@@ -399,20 +337,16 @@ describe("lines of the log", () => {
     await post(server.tokenEndpoint, { ...right, client_secret: "wrong" });
     await send(`${protectedApi.url}/identity`);
     const [made, successor, issued, refused, ...others] = server.lines;
+    const { jti } = jose.decodeJwt(json.access_token);
     const time = expect.stringMatching(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/);
-    const { kid } = made!;
-    const { jti } = JSON.parse(
-      Buffer.from(json.access_token.split(".")[1], "base64url").toString(),
-    );
     const request = { time, address: "127.0.0.1", milliseconds: expect.any(Number) };
+    const why = { ...request, reason: expect.stringMatching(/^[A-Z].+\.$/) };
     expect([made!.event, successor!.event, others]).toEqual(["key made", "key made", []]);
-    expect(new Date(`${made!["time"]}`).getTime()).toBeLessThanOrEqual(Date.now());
-    const about = { client_id: "client", scope: "api1", kid, jti };
+    const about = { client_id: "client", scope: "api1", kid: made!["kid"], jti };
     expect(issued).toEqual({ ...request, event: "token issued", ...about });
-    const reason = expect.stringMatching(/^[A-Z].+\.$/);
-    const why = { client_id: "client", error: "invalid_client", reason };
-    expect(refused).toEqual({ ...request, event: "token refused", ...why });
-    const call = { ...request, event: "call refused", error: "no_credentials", reason };
+    const asWhom = { client_id: "client", error: "invalid_client" };
+    expect(refused).toEqual({ ...why, event: "token refused", ...asWhom });
+    const call = { ...why, event: "call refused", error: "no_credentials" };
     expect(protectedApi.lines).toEqual([call]);
     for (const { milliseconds } of [issued!, refused!, ...protectedApi.lines])
       expect(Number.isInteger(milliseconds)).toBe(true);
@@ -525,21 +459,14 @@ describe("what the log tells of a request", async () => {
     ["Basic, wrong", () => token({}, basicField("client", secret))],
     ["Basic, as the id", () => token({}, basicField(secret, "client"))],
     ["Basic, not encoded", () => token({}, { authorization: `Basic ${secret}` })],
-    ["Basic without a colon", () => token({}, { authorization: `Basic ${btoa(secret)}` })],
-    ["Basic with bad percent-encoding", () => token({}, basicField(`%zz${secret}`, secret))],
-    ["the scheme", () => token({}, { authorization: secret })],
     ["client_secret", () => token({ ...right, client_secret: secret })],
-    ["client_secret twice", () => token(`client_secret=${secret}&client_secret=${secret}`)],
     ["client_secret with bad percent-encoding", () => token(`client_secret=%zz${secret}`)],
-    ["two methods", () => token({ client_secret: secret }, basicField("client", secret))],
     ["client_id", () => token({ ...right, client_id: secret })],
-    ["a parameter of its own", () => token({ ...right, [secret]: secret, scope: "other" })],
     ["the query", () => send(`${tokenEndpoint}?client_secret=${secret}`, { method: "POST" })],
     ["an assertion", () => withAssertion(secret)],
     ["a signature", async () => withAssertion(unsigned(await assertion(clientKey, "app", url)))],
     ["a proof", () => token(right, { dpop: secret })],
     ["a token", () => call(`Bearer ${secret}`)],
-    ["two tokens", () => call(`Bearer ${secret}, Bearer ${secret}`)],
     ["a token in the query", () => send(`${identity}/identity?access_token=${secret}`)],
     [
       "a token's signature",
@@ -577,7 +504,6 @@ describe("an unexpected failure → a constant 500, the cause in the log alone, 
   const rows: [Kind, path: string, init: BunFetchRequestInit][] = [
     ["idp", "/connect/token", { method: "POST", body: new URLSearchParams(right) }],
     ["idp", "/.well-known/openid-configuration/jwks", {}],
-    ["idp", "/health", {}],
     ["api", "/health", {}],
     ["api", "/identity", { headers: { authorization: "Bearer a.b.c" } }],
   ];
@@ -591,17 +517,15 @@ describe("an unexpected failure → a constant 500, the cause in the log alone, 
     const server = kind === "idp" ? await idp({ clock }) : await api(issuer.url, { clock });
     const before = server.lines.length;
     isBroken = true;
-    const answer = await send(server.url + path, init);
-    expect([answer.status, answer.text]).toEqual([500, "Internal Server Error"]);
-    const fields = [answer.headers.get("cache-control"), answer.headers.get("pragma")];
+    const { status, text, headers } = await send(server.url + path, init);
+    const fields = ["cache-control", "pragma"].map((name) => headers.get(name));
+    expect([status, text]).toEqual([500, "Internal Server Error"]);
     expect(fields).toEqual(["no-store", "no-cache"]);
-    const [failure, ...others] = server.lines.slice(before);
-    expect([failure!.event, failure!["reason"].includes(cause), others]).toEqual([
-      "failure",
-      true,
-      [],
-    ]);
-    expect(failure!["reason"].length).toBeLessThanOrEqual(2_000);
+    const reason = expect.stringContaining(cause);
+    const lines = server.lines.slice(before);
+    expect(lines.map(({ event }) => event)).toEqual(["failure"]);
+    expect(lines[0]!["reason"]).toEqual(reason);
+    expect(lines[0]!["reason"].length).toBeLessThanOrEqual(2_000);
     isBroken = false;
     expect((await send(server.url + path, init)).status).not.toBe(500);
     await server.stop();

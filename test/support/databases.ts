@@ -4,13 +4,13 @@
  */
 
 import { SQL } from "bun";
-import { chownSync, existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { chownSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { temporaryDirectory } from "./programs.ts";
 
-/** Waits for what must become true. Rejects after ten seconds, and says what did not. */
+/** Waits for what must become true. Rejects after twenty seconds, and says what did not. */
 export async function eventually(what: string, holds: () => unknown): Promise<void> {
-  const deadline = performance.now() + 10_000;
+  const deadline = performance.now() + 20_000;
   while (!(await holds())) {
     if (performance.now() > deadline) throw new Error(`waited in vain until ${what}`);
     await Bun.sleep(5);
@@ -31,7 +31,7 @@ export interface Row {
 
 export class Table {
   readonly url: string;
-  /** What uses the database, and must be stopped before it is closed. */
+  /** What uses the database, and is stopped before it is closed, the last one first. */
   readonly users: { stop: () => Promise<unknown> }[] = [];
   #sql: SQL | undefined;
   readonly #drop: (() => Promise<void>) | undefined;
@@ -62,14 +62,14 @@ export class Table {
     await this.sql.unsafe(statement);
   }
 
-  /** What the rows of used identifiers are for a test: when each expires, by its name. */
+  /** The used identifiers whose names match, sorted. */
   async identifiers(pattern: string): Promise<string[]> {
     const rows = await this.sql`SELECT id FROM used_jtis WHERE id LIKE ${pattern} ORDER BY id`;
     return rows.map(({ id }: { id: string }) => id);
   }
 
   async close(): Promise<void> {
-    for (const user of this.users.splice(0)) await user.stop();
+    for (const user of this.users.splice(0).toReversed()) await user.stop();
     await this.#sql?.close({ timeout: 0 }).catch(() => {}); // it may not even be open
     this.#sql = undefined;
     await this.#drop?.();
@@ -98,17 +98,17 @@ export async function execute(url: string, ...statements: string[]): Promise<voi
 const newName = () => `test_${crypto.randomUUID().replaceAll("-", "")}`;
 
 /** An empty schema of its own, whose connections bear its name. */
-export async function postgres(server = postgresUrl!): Promise<Table> {
+export async function postgres(): Promise<Table> {
   const schema = newName();
-  await execute(server, `CREATE SCHEMA ${schema}`);
-  const url = new URL(server);
+  await execute(postgresUrl!, `CREATE SCHEMA ${schema}`);
+  const url = new URL(postgresUrl!);
   url.searchParams.set("search_path", schema);
   url.searchParams.set("application_name", schema);
-  url.searchParams.set("max", "2"); // many instances share the server
+  url.searchParams.set("max", "1"); // many instances share the server
   return new Table(url.href, async () => {
     const connections = `FROM pg_stat_activity WHERE application_name = '${schema}'`;
     const end = `SELECT pg_terminate_backend(pid) ${connections}`;
-    await execute(server, end, `DROP SCHEMA ${schema} CASCADE`);
+    await execute(postgresUrl!, end, `DROP SCHEMA ${schema} CASCADE`);
   });
 }
 
@@ -121,40 +121,40 @@ export async function postgresDatabase(): Promise<Table> {
   const name = newName();
   await execute(postgresUrl!, `CREATE DATABASE ${name}`);
   url.pathname = name;
-  const drop = () => execute(postgresUrl!, `DROP DATABASE ${name} WITH (FORCE)`);
-  return new Table(url.href, drop);
+  return new Table(url.href, () => execute(postgresUrl!, `DROP DATABASE ${name} WITH (FORCE)`));
 }
 
 /** The engines that a scenario runs on. */
 export const engines = [
   { engine: "SQLite", make: sqlite, isMissing: false },
   postgresUrl
-    ? { engine: "PostgreSQL", make: () => postgres(), isMissing: false }
+    ? { engine: "PostgreSQL", make: postgres, isMissing: false }
     : { engine: "PostgreSQL (needs TEST_DATABASE_URL)", make: sqlite, isMissing: true },
 ];
 
 // --- Servers of our own --------------------------------------------------------------------------
 
 const isRoot = process.getuid?.() === 0;
-const [initdb] = [...new Bun.Glob("*/bin/initdb").scanSync("/usr/lib/postgresql")].sort().reverse();
+const installed = new Bun.Glob("postgresql/*/bin/initdb").scanSync("/usr/lib");
+const programs = join("/usr/lib", dirname([...installed].toSorted().at(-1) ?? ""));
 const postgresUser = /^postgres:[^:]*:(\d+):(\d+)/m.exec(readFileSync("/etc/passwd", "utf8"));
 
 /** Why no server can be started here, for the name of a test that needs one. Empty if one can. */
-export const noServer =
-  initdb && Bun.which("setpriv") && (postgresUser || !isRoot) ? "" : " (needs initdb and setpriv)";
-export const noPgBouncer =
-  postgresUrl && Bun.which("setpriv") && existsSync("/usr/sbin/pgbouncer")
-    ? ""
-    : " (needs TEST_DATABASE_URL and pgbouncer)";
+const canStart = Bun.which("setpriv") && (postgresUser || !isRoot);
+const hasServer = canStart && existsSync(join(programs, "initdb"));
+export const noServer = hasServer ? "" : " (needs initdb and setpriv)";
+const hasPgBouncer = canStart && postgresUrl && existsSync("/usr/sbin/pgbouncer");
+export const noPgBouncer = hasPgBouncer ? "" : " (needs TEST_DATABASE_URL and pgbouncer)";
 
 /**
- * A command that ends with the tests, however they end. These servers refuse to run as root, so they
- * run as the user that the package of PostgreSQL made.
+ * Starts a program that ends with the tests, however they end. These servers refuse to run as root,
+ * so they run as the user that the package of PostgreSQL made.
  */
-function asServer(command: string[]): string[] {
+function spawnServer(...command: string[]): Bun.Subprocess {
   const [, uid, gid] = postgresUser ?? [];
   const user = isRoot ? [`--reuid=${uid}`, `--regid=${gid}`, "--clear-groups"] : [];
-  return ["setpriv", ...user, "--pdeathsig=KILL", ...command];
+  const wrapped = ["setpriv", ...user, "--pdeathsig=KILL", ...command];
+  return Bun.spawn(wrapped, { stdout: "ignore", stderr: "ignore" });
 }
 
 /** A new directory that such a server may use. */
@@ -164,25 +164,23 @@ function serverDirectory(): string {
   return directory;
 }
 
-async function answers(url: string): Promise<boolean> {
-  return await execute(url, "SELECT 1").then(
+/** Whether a statement is executed. */
+export const succeeds = (url: string, statement: string): Promise<boolean> =>
+  execute(url, statement).then(
     () => true,
     () => false,
   );
-}
 
 let lastPort = 10_000 + ((process.pid * 997) % 20_000);
 
 /** A port that nobody listens on, below those that the system gives to outgoing connections. */
 export function freePort(): number {
-  while (true) {
-    lastPort = lastPort < 29_999 ? lastPort + 1 : 10_000;
-    try {
-      Bun.listen({ hostname: "127.0.0.1", port: lastPort, socket: { data() {} } }).stop(true);
-      return lastPort;
-    } catch {
-      // It is in use.
-    }
+  lastPort = lastPort < 29_999 ? lastPort + 1 : 10_000;
+  try {
+    Bun.listen({ hostname: "127.0.0.1", port: lastPort, socket: { data() {} } }).stop(true);
+    return lastPort;
+  } catch {
+    return freePort();
   }
 }
 
@@ -194,27 +192,20 @@ export class PostgresServer {
   #process: Bun.Subprocess | undefined;
   #frozen: Bun.Subprocess<"pipe"> | undefined;
 
-  #program(name: string): string {
-    return join("/usr/lib/postgresql", initdb!, "..", name);
-  }
-
   /** Makes an empty database, which nobody can reach yet. */
   async initialize(): Promise<this> {
     const options = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync"];
-    const command = asServer([this.#program("initdb"), ...options, "-D", this.#directory]);
-    const made = Bun.spawn(command, { stdout: "ignore", stderr: "pipe" });
-    if (await made.exited) throw new Error(`initdb failed: ${await made.stderr.text()}`);
+    const made = spawnServer(join(programs, "initdb"), ...options, "-D", this.#directory);
+    if (await made.exited) throw new Error("initdb failed");
     return this;
   }
 
   /** Starts it, and waits until it takes connections. */
   async start(): Promise<void> {
-    const sockets = `unix_socket_directories=${this.#directory}`;
-    const settings = ["listen_addresses=127.0.0.1", sockets, "fsync=off", "shared_buffers=16MB"];
-    const flags = ["-D", this.#directory, "-p", `${this.port}`];
-    const command = [this.#program("postgres"), ...flags, ...settings.flatMap((s) => ["-c", s])];
-    this.#process = Bun.spawn(asServer(command), { stdout: "ignore", stderr: "ignore" });
-    await eventually("PostgreSQL answers", async () => await answers(this.url));
+    const own = ["-D", this.#directory, "-p", `${this.port}`, "-k", this.#directory];
+    const flags = [...own, "-h", "127.0.0.1", "-F", "-B", "16MB"];
+    this.#process = spawnServer(join(programs, "postgres"), ...flags);
+    await eventually("PostgreSQL answers", () => succeeds(this.url, "SELECT 1"));
   }
 
   /** Ends it at once: every connection breaks, every transaction under way is rolled back. */
@@ -226,24 +217,17 @@ export class PostgresServer {
   /** Nobody gets an answer any more, and no connection breaks. */
   freeze(): void {
     const { pid } = this.#process!;
-    const pids = [pid, ...readdirSync("/proc").filter((name) => parentOf(name) === pid)];
-    for (const one of pids) process.kill(Number(one), "SIGSTOP");
+    process.kill(pid, "SIGSTOP");
+    const children = readFileSync(`/proc/${pid}/task/${pid}/children`, "utf8").trim().split(" ");
+    for (const child of children) process.kill(Number(child), "SIGSTOP");
     // What is frozen does not notice that the tests have ended. This goes on with it then.
-    const command = ["sh", "-c", `read _; kill -CONT ${pids.join(" ")}`];
+    const command = ["sh", "-c", `read _; kill -CONT ${pid} ${children.join(" ")}`];
     this.#frozen = Bun.spawn(command, { stdin: "pipe", stderr: "ignore" });
   }
 
   async thaw(): Promise<void> {
     await this.#frozen?.stdin.end();
     await this.#frozen?.exited;
-  }
-}
-
-function parentOf(pid: string): number {
-  try {
-    return Number(/\) \S (\d+)/.exec(readFileSync(`/proc/${pid}/stat`, "utf8"))?.[1]);
-  } catch {
-    return 0; // no process, or ended meanwhile
   }
 }
 
@@ -254,18 +238,24 @@ export async function pgBouncer({ url, users }: Table): Promise<string> {
   const { hostname, port: serverPort, username, password, pathname } = new URL(url);
   const server = `host=${hostname} port=${serverPort || 5432} dbname=${pathname.slice(1)}`;
   const secret = password && ` password=${decodeURIComponent(password)}`;
+  const { stdout } = Bun.spawnSync(["/usr/sbin/pgbouncer", "--version"]);
+  // Before 1.21 it never knew named statements, nor this setting.
+  const isOld = /PgBouncer 1\.(1?\d|20)\./.test(`${stdout}`);
   const settings = [
     ...["[databases]", `pooled = ${server} user=${username}${secret}`, "[pgbouncer]"],
     ...["listen_addr = 127.0.0.1", `listen_port = ${port}`, "unix_socket_dir =", "auth_type = any"],
-    ...["pool_mode = transaction", "default_pool_size = 4", "max_prepared_statements = 0"],
+    ...[
+      "pool_mode = transaction",
+      "default_pool_size = 4",
+      ...(isOld ? [] : ["max_prepared_statements = 0"]),
+    ],
   ];
   const file = join(directory, "pgbouncer.ini");
   writeFileSync(file, settings.join("\n"));
-  const command = asServer(["/usr/sbin/pgbouncer", file]);
-  const program = Bun.spawn(command, { stdout: "ignore", stderr: "ignore" });
+  const program = spawnServer("/usr/sbin/pgbouncer", file);
   users.push({ stop: async () => program.kill("SIGKILL") });
   const pooled = `postgres://${username}@127.0.0.1:${port}/pooled`;
-  await eventually("PgBouncer answers", async () => await answers(pooled));
+  await eventually("PgBouncer answers", () => succeeds(pooled, "SELECT 1"));
   return pooled;
 }
 

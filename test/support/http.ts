@@ -107,3 +107,88 @@ export function refusalOf(answer: Answer): string {
   expect(answer.json.error_description).toMatch(/^[\x20-\x21\x23-\x5B\x5D-\x7E]+$/);
   return `${answer.status} ${answer.json.error}`;
 }
+
+/**
+ * A refusal by an API, as "401 invalid_token at bearer" (RFC 6750 §3, RFC 9449 §7.1). Throws for one
+ * that lacks what every refusal has: the challenges of both schemes, with an error in one at most.
+ */
+export function callRefusalOf(answer: Answer): string {
+  const { bearer, dpop, ...others } = challenges(answer);
+  expect(others).toEqual({});
+  let refusal = `${answer.status}`;
+  for (const [scheme, challenge] of Object.entries({ bearer, dpop })) {
+    const { resource_metadata, algs, error, error_description, scope, ...more } = challenge!;
+    expect(more).toEqual({});
+    expect(resource_metadata).toMatch(/^http.+\/\.well-known\/oauth-protected-resource(\/|$)/);
+    expect(algs !== undefined).toBe(scheme === "dpop");
+    expect(scope !== undefined).toBe(error === "insufficient_scope");
+    // RFC 6750 §3: no quotation mark, no backslash; the text is there if the error is.
+    const text = error === undefined ? /^$/ : /^[ !#-[\]-~]{10,}$/;
+    expect(error_description ?? "").toMatch(text);
+    if (error !== undefined) refusal += ` ${error} at ${scheme}`;
+  }
+  expect(answer.text).toMatch(/^[ -~]{10,}$/);
+  expect(answer.headers.get("cache-control")).toBe("no-store");
+  expect(answer.headers.get("retry-after")).toBeNull();
+  return refusal;
+}
+
+/** A row for each of these values, named after it. */
+export const rowsOf = <Value, Row>(
+  rule: string,
+  values: readonly Value[],
+  row: (value: Value) => Row,
+): [rule: string, row: Row][] =>
+  values.map((value) => [`${rule} ${JSON.stringify(value)}`, row(value)]);
+
+// --- A server that a test plays ------------------------------------------------------------------
+
+/** A request, which is the nth of its kind. */
+export interface Received {
+  kind: "metadata" | "token" | "api";
+  nth: number;
+  method: string;
+  target: string;
+  headers: Headers;
+  body: string;
+  /** Of the server that it came to. */
+  origin: string;
+}
+
+/** An answer, or the members of one. */
+export type Reply = (received: Received) => unknown;
+
+/** An issuer and an API in one, which answers each kind of request in its own way. */
+export function play(replies: Record<Received["kind"], Reply>) {
+  const requests: Received[] = [];
+  const of = (kind: Received["kind"]) => requests.filter((received) => received.kind === kind);
+  const { port } = Bun.serve({
+    hostname: "127.0.0.1",
+    port: 0,
+    async fetch(request) {
+      const { method, headers, url } = request;
+      const { pathname, search } = new URL(url);
+      const isToken = method === "POST" && pathname === "/token";
+      const kind = isToken ? "token" : pathname.startsWith("/.well-known") ? "metadata" : "api";
+      const body = await request.text();
+      const target = pathname + search;
+      const nth = of(kind).length + 1;
+      const received: Received = { kind, nth, method, target, headers, body, origin };
+      requests.push(received);
+      const answer = await replies[kind](received);
+      return answer instanceof Response ? answer : Response.json(answer);
+    },
+  });
+  const origin = `http://127.0.0.1:${port}`;
+  return { origin, requests, of };
+}
+
+export const plain = (text: string, status = 200, headers = {}) =>
+  new Response(text, { status, headers });
+
+/** JSON with as many spaces after it as make it so long. */
+export const padded = (members: unknown, bytes: number) =>
+  plain(JSON.stringify(members).padEnd(bytes));
+
+export const zipped = (body: string | Uint8Array<ArrayBuffer>) =>
+  new Response(Bun.gzipSync(body), { headers: { "content-encoding": "gzip" } });

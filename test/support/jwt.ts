@@ -31,6 +31,16 @@ export async function sign(
   return await jws.sign(signer.privateKey, { crit: { b64: true, exp: true } as never });
 }
 
+/** A JWT with these claims, signed with a text as if that were a secret. */
+export async function signSymmetric(
+  secret: string,
+  claims: jose.JWTPayload,
+  header: Record<string, unknown> = {},
+): Promise<string> {
+  const jwt = new jose.SignJWT(claims).setProtectedHeader({ alg: "HS256", ...header });
+  return await jwt.sign(new TextEncoder().encode(secret));
+}
+
 /** An access token as RFC 9068 §2 has it, but for `changes`. */
 export async function accessToken(
   signer: Key,
@@ -71,7 +81,9 @@ export async function proof(
   changes: Record<string, unknown> = {},
   header: Record<string, unknown> = {},
 ): Promise<string> {
-  const { kid: _kid, alg: _alg, ...jwk } = signer.publicJwk;
+  const { kid: _kid, alg, ...members } = signer.publicJwk;
+  // A key of kty AKP (ML-DSA) is for the algorithm that it names, so its JWK must name one.
+  const jwk = members.kty === "AKP" ? { ...members, alg } : members;
   const ath = token && new Bun.CryptoHasher("sha256").update(token).digest("base64url");
   const claims = { htm, htu, jti: crypto.randomUUID(), iat: secondsNow(), ath, ...changes };
   return await sign(signer, claims, { typ: "dpop+jwt", jwk, ...header });
@@ -82,7 +94,7 @@ export class Issuer {
   metadata: unknown;
   jwks: unknown;
   /** Answers instead of the documents, if it is set. */
-  answer: ((request: Request) => Response | Promise<Response> | undefined) | undefined;
+  answer: ((request: Request) => Response | Promise<Response | undefined> | undefined) | undefined;
   /** The paths that were asked for. */
   readonly requests: string[] = [];
   readonly server: Bun.Server<undefined>;
@@ -106,6 +118,11 @@ export class Issuer {
     this.url = origin + path;
     const token_endpoint = `${origin}/token`;
     this.metadata = { issuer: this.url, jwks_uri: `${origin}/jwks`, token_endpoint };
-    this.jwks = { keys: keys.map(({ publicJwk }) => publicJwk) };
+    this.publish(...keys.map(({ publicJwk }) => publicJwk));
+  }
+
+  /** From now on these are its keys: JWKs, or what a test puts in their place. */
+  publish(...keys: unknown[]): void {
+    this.jwks = { keys };
   }
 }

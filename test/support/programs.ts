@@ -110,11 +110,10 @@ export function launchWith(
 ): Program {
   const party = program === "idp" ? "authorizationServer" : "resourceServer";
   const script = `
-    import { ${party}, fail, stopOnSignal } from ${JSON.stringify(join(root, "config.ts"))};
+    import { ${party}, runProgram } from ${JSON.stringify(join(root, "config.ts"))};
     import { start } from ${JSON.stringify(join(root, `${program}.ts`))};
-    const running = await start({ ...${party}, ...${JSON.stringify(changes[party])} }).catch(fail);
-    stopOnSignal(running);
-    console.error("started: " + running.url);`;
+    const settings = { ...${party}, ...${JSON.stringify(changes[party])} };
+    await runProgram("started", () => start(settings));`;
   return new Program([process.execPath, "--no-orphans", "--eval", script], cwd, env);
 }
 
