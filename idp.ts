@@ -435,6 +435,8 @@ const tables = `
     signs_until BIGINT NOT NULL, removed_at BIGINT NOT NULL, PRIMARY KEY (alg, generation));
   CREATE TABLE IF NOT EXISTS used_jtis (id TEXT PRIMARY KEY, expires_at BIGINT NOT NULL);
   CREATE INDEX IF NOT EXISTS used_jtis_expires_at ON used_jtis (expires_at)`;
+/** How long a request or a poll waits for the database. */
+const queryMilliseconds = 2_000;
 /** Rows are deleted this late, so that instances whose clocks differ forget nothing early. */
 const sweepDelaySeconds = 900;
 
@@ -447,8 +449,9 @@ class UnusableKey extends Error {}
 function mayHeal(error: unknown): boolean {
   const { code = "", errno } = error as { code?: string; errno?: unknown };
   if (code.startsWith("SQLITE")) return code.startsWith("SQLITE_BUSY");
-  // PostgreSQL has its own codes in errno, of which these two classes are temporary.
-  return errno === undefined || /^5[37]/.test(String(errno));
+  // PostgreSQL has its own codes in errno. Temporary are two classes, and that another instance has
+  // just made a table: a unique violation, a duplicate table or a duplicate object.
+  return errno === undefined || /^(5[37]|23505|42P07|42710)/.test(String(errno));
 }
 
 /**
@@ -535,11 +538,9 @@ class KeyStore {
       const switching = this.#sql.unsafe("PRAGMA journal_mode = WAL");
       await switching.catch((error) => mayHeal(error) && Promise.reject(error));
     }
-    // Tables that are there are left alone, so that a role without CREATE can run the server. Two
-    // instances that make them at one instant collide, and then they are there.
-    const probe = () => inTime(this.#sql`SELECT 1 FROM signing_keys, used_jtis LIMIT 1`);
-    const making = probe().catch(() => inTime(this.#sql.unsafe(tables)));
-    await making.catch((error) => probe().catch(() => Promise.reject(error)));
+    // Tables that are there are left alone, so that a role without CREATE can run the server.
+    const probe = inTime(this.#sql`SELECT 1 FROM signing_keys, used_jtis LIMIT 1`);
+    await probe.catch(() => inTime(this.#sql.unsafe(tables)));
   }
 
   async #poll(): Promise<void> {
@@ -696,13 +697,21 @@ class KeyStore {
    */
   #startBatch(): Batch {
     const rows: Batch["rows"] = [];
-    const insert = async () => {
+    const deadline = performance.now() + queryMilliseconds;
+    const insert = async (): Promise<Set<string>> => {
       this.#nextBatch = undefined;
       // All instances insert in one order, so that no two wait for each other.
       rows.sort((a, b) => (a.id < b.id ? -1 : 1));
-      const found: Batch["rows"] = await inTime(this.#sql`
-        INSERT INTO used_jtis ${this.#sql(rows)} ON CONFLICT (id) DO NOTHING RETURNING id`);
-      return new Set(found.map(({ id }) => id));
+      try {
+        const found: Batch["rows"] = await inTime(this.#sql`
+          INSERT INTO used_jtis ${this.#sql(rows)} ON CONFLICT (id) DO NOTHING RETURNING id`);
+        return new Set(found.map(({ id }) => id));
+      } catch (error) {
+        const isBusy = this.#sqliteFile && mayHeal(error); // another instance is writing
+        if (!isBusy || performance.now() > deadline) throw error;
+        await Bun.sleep(10);
+        return await insert();
+      }
     };
     const inserted = this.#lastInsert.then(insert, insert);
     this.#lastInsert = inserted;
@@ -713,7 +722,8 @@ class KeyStore {
 /** Bun.SQL waits for ever for an answer, but a database that is frozen must not hold a request. */
 async function inTime<T>(query: Promise<T>): Promise<T> {
   const { promise: late, reject } = Promise.withResolvers<never>();
-  const timeout = setTimeout(reject, 2_000, new Error("The database did not answer within 2 s"));
+  const reason = `The database did not answer within ${queryMilliseconds} ms`;
+  const timeout = setTimeout(reject, queryMilliseconds, new Error(reason));
   return await Promise.race([query, late]).finally(() => clearTimeout(timeout));
 }
 
