@@ -108,10 +108,12 @@ class ResourceServer {
     // A proof is for one request, so it is verified also with a remembered token.
     const proof = claims.cnf && (await verifyProof(this.settings, request, claims));
     const { client_id, jti, scope: granted } = claims;
-    const reason = `The API wants scope ${scope}, the token has ${JSON.stringify(granted)}.`;
-    check(hasScope(granted, scope), "insufficient_scope", reason, { scope, client_id, jti });
+    if (!hasScope(granted, scope)) {
+      const reason = `The API wants scope ${scope}, the token has ${JSON.stringify(granted)}.`;
+      throw new config.Refusal("insufficient_scope", reason, { scope, client_id, jti });
+    }
     // Only now: who may not use the API must not fill the memory of those who may.
-    if (proof) this.#usedProofs.use(client_id, proof);
+    if (proof) this.#usedProofs.use(client_id, proof, this.settings.maxUsedProofs);
     return claims;
   }
 
@@ -240,14 +242,14 @@ class UsedProofs {
   readonly #byClient = new Map<string, Set<string>>();
   #count = 0;
 
-  /** Throws a refusal if the proof was used before. */
-  use(client_id: string, proof: string): void {
+  /** Throws a refusal if the proof was used before. At most `maximum` are remembered. */
+  use(client_id: string, proof: string, maximum: number): void {
     const proofs = this.#byClient.get(client_id) ?? new Set();
     const isNew = !proofs.has(proof);
     check(isNew, "invalid_dpop_proof", "The DPoP proof was used before.", { client_id });
     this.#byClient.set(client_id, proofs.add(proof));
     this.#count++;
-    if (this.#count > 50_000) this.#forgetOne();
+    if (this.#count > maximum) this.#forgetOne();
   }
 
   /**

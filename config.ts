@@ -114,6 +114,8 @@ export const resourceServer = {
   coolDownSeconds: keyTimes.coolDownSeconds,
   /** How long the last known keys are used while the issuer cannot be reached. */
   keepKeysSeconds: 86_400,
+  /** How many used DPoP proofs are remembered, for all clients together. */
+  maxUsedProofs: 50_000,
   maxBodyBytes: 1_048_576,
   ...serverDefaults,
 };
@@ -360,8 +362,8 @@ type KeyRules = Record<"coolDownSeconds" | "maxAgeSeconds" | "keepSeconds", numb
 
 /**
  * The public keys of another party (RFC 7517 §5), fetched when they are needed.
- * Choice: jose chooses the key for a JWT, but its createRemoteJWKSet does not fetch: it tries again
- * at once after a failure, and does not tell whether the set has changed.
+ * Choice: jose chooses the key for a JWT, but we fetch the keys, for its createRemoteJWKSet tries
+ * again at once after a failure, and does not tell whether the set has changed.
  */
 export class RemoteKeys {
   /** The keys in use: another array if, and only if, the set has changed. */

@@ -1,11 +1,10 @@
 /**
- * The quick part of trying to break the servers: input bent by a seed, junk in each member of each
- * JWT, odd bytes on the wire, many at once. soak.ts goes on for longer. SEED=… sends other input.
+ * The quick part of trying to break the servers: input bent by a seed, odd bytes on the wire, many
+ * at once. soak.ts goes on for longer. SEED=… sends other input.
  */
 
 import { afterAll, describe, expect, test } from "bun:test";
-import { basic, post, send } from "../support/http.ts";
-import { assertionType, Issuer } from "../support/jwt.ts";
+import { Issuer } from "../support/jwt.ts";
 import { api, idp, resource } from "../support/servers.ts";
 import * as hostile from "./hostile.ts";
 import { Connection, encode, once, repeat, tokenRequest } from "./hostile.ts";
@@ -19,7 +18,6 @@ const tokens = await idp(hostile.hostileClients(resource));
 const calls = await api(issuer.url);
 const idpAt = { issuer: tokens.url, resource };
 const apiAt = { issuer: issuer.url, resource: calls.url, signer };
-const bound = encode(hostile.tokenFor(apiAt, "client", true));
 
 afterAll(async () => {
   await Promise.all([tokens.stop(), calls.stop(), issuer.server.stop(true)]);
@@ -38,49 +36,6 @@ describe(`input bent by seed ${seed}`, () => {
     expect(tally.sent - tally.accepted).toBeGreaterThan(200);
     expect(tally.bends.size).toBeGreaterThan(12);
     expect(tally.refusals.size).toBeLessThanOrEqual(18);
-  });
-
-  const tokenStatus = async (parameters: Record<string, string>, headers = {}) => {
-    const form = { grant_type: "client_credentials", ...parameters };
-    return (await post(tokens.tokenEndpoint, form, headers)).status;
-  };
-  const callStatus = async (headers: Record<string, string>) =>
-    (await send(`${calls.url}/identity`, { headers })).status;
-  /** A good one, where it stands, and how it may be refused when it is not. */
-  const kinds: [string, hostile.Jwt, (jwt: string) => Promise<number>, refusals: number[]][] = [
-    [
-      "/connect/token, RFC 7523 §3 an assertion",
-      hostile.assertionFor(tokens.url),
-      (jwt) => tokenStatus({ client_assertion_type: assertionType, client_assertion: jwt }),
-      [401],
-    ],
-    [
-      "/connect/token, RFC 9449 §4.3 a proof",
-      hostile.proofFor("POST", tokens.tokenEndpoint),
-      (dpop) => tokenStatus({}, { authorization: basic("client", "secret"), dpop }),
-      [400],
-    ],
-    [
-      "/identity, RFC 9449 §4.3 a proof",
-      hostile.proofFor("GET", `${calls.url}/identity`, bound),
-      (dpop) => callStatus({ authorization: `DPoP ${bound}`, dpop }),
-      [401],
-    ],
-    [
-      "/identity, RFC 9068 §4 an access token",
-      hostile.tokenFor(apiAt, "client"),
-      (jwt) => callStatus({ authorization: `Bearer ${jwt}` }),
-      [401, 403],
-    ],
-  ];
-  test.each(kinds)("%s with junk in any member is refused", async (_, jwt, statusOf, refusals) => {
-    const undue: unknown[] = [];
-    for (const wrong of hostile.wrongMembers(jwt)) {
-      const status = await statusOf(encode(wrong));
-      if (!refusals.includes(status)) undue.push([status, wrong.header, wrong.claims]);
-    }
-    expect(undue).toEqual([]);
-    expect(await statusOf(encode(jwt))).toBe(200);
   });
 });
 
@@ -113,14 +68,8 @@ describe("bytes on the wire", () => {
   const refused: [name: string, bytes: string][] = [
     ["a length that is too short", `${head}Content-Length: 10\r\n\r\n${form}`],
     ["a length and chunks, RFC 9112 §6.1", head + smuggled],
-    ["a negative length", `${head}Content-Length: -1\r\n\r\n${form}`],
-    ["a length of 2^64", `${head}Content-Length: ${2n ** 64n}\r\n\r\n${form}`],
     ["chunks without a length", `${inChunks}x\r\n${chunk}`],
-    ["300 fields", `${head}${"X: y\r\n".repeat(300)}\r\n`],
-    ["a target of 40 kB", get(`/${"a".repeat(40_000)} HTTP/1.1`)],
     ["TLS on a port without", `\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03${"\x07".repeat(32)}`],
-    ["HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
-    ["line feeds alone", "GET /health HTTP/1.1\nHost: x\n\n"],
   ];
   test.each(refused)("%s → 4xx or 505, and nothing after it", async (_, bytes) => {
     for (const { url } of [tokens, calls]) {
@@ -131,18 +80,6 @@ describe("bytes on the wire", () => {
       for (const wait of [0.02, 0.02]) expect((await connection.next(wait)).status).not.toBe(200);
       connection.close();
     }
-  });
-
-  test("300 connections that stop somewhere in a request keep nobody out", async () => {
-    const half = tokenRequest().slice(0, -5);
-    const idle = repeat(300, (index) => {
-      const connection = new Connection(tokens.url);
-      connection.write(half.slice(0, (index * half.length) / 300));
-      return connection;
-    });
-    expect((await once(tokens.url, tokenRequest())).status).toBe(200);
-    for (const connection of idle) connection.close();
-    expect((await once(tokens.url, tokenRequest())).status).toBe(200);
   });
 });
 

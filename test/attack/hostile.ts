@@ -237,33 +237,11 @@ export function tokenRequest(...fields: string[]): string {
   return head(...line, `Content-Type: ${formType}`, basic, ...fields) + body;
 }
 
-export const provenTokenRequest = (issuer: string) =>
-  tokenRequest(`DPoP: ${encode(proofFor("POST", `${issuer}/connect/token`))}`);
-
 /** An API call, and further header fields. */
 export const callRequest = (token: string, scheme = "Bearer", ...fields: string[]) =>
   head("GET /identity HTTP/1.1", "Host: x", `Authorization: ${scheme} ${token}`, ...fields);
 
-export const provenCallRequest = (resource: string, token: string) =>
-  callRequest(token, "DPoP", `DPoP: ${encode(proofFor("GET", `${resource}/identity`, token))}`);
-
 // --- Bends ---------------------------------------------------------------------------------------
-
-/** No text that says something, no text at all, and what no member that is checked may be. */
-const oddTexts = [" ", "__proto__", "\0", "\ud800", "x".repeat(2_000)];
-const noText = [null, "", true, [], ["x"], [[]], {}, { toString: 1 }];
-
-/** The same JWT with one member wrong, in each way. */
-export function wrongMembers(jwt: Jwt): Jwt[] {
-  const ofPart = (part: "header" | "claims", added: string) =>
-    [...Object.keys(jwt[part]), added].flatMap((name) => {
-      const others = name === "kid" ? oddTexts : [...noText, ...oddTexts, [[jwt[part][name]]]];
-      // These may be any text.
-      const values = ["sub", "client_id", "jti"].includes(name) ? noText : others;
-      return values.map((value) => ({ ...jwt, [part]: { ...jwt[part], [name]: value } }));
-    });
-  return [...ofPart("header", "crit"), ...ofPart("claims", "nbf")];
-}
 
 const nested = (depth: number) => "[".repeat(depth) + "]".repeat(depth);
 

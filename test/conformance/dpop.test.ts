@@ -217,3 +217,21 @@ test("RFC 9449 §4.3 (5) the algorithms of the settings, and no other, at both s
     expect(answer.status).toBe(status);
   }
 });
+
+test("GET /identity, RFC 9449 §11.1 a client that floods forgets its own proofs, no other's", async () => {
+  const small = await startApi(issuer.url, { clock, maxUsedProofs: 10 });
+  const callAs = async (client_id: string) => {
+    const bearer = await accessToken(signer, issuer.url, small.url, { client_id, ...cnf });
+    const dpop = await proof(holder, "GET", `${small.url}/identity`, bearer, { iat: now });
+    const headers = { authorization: `DPoP ${bearer}`, dpop };
+    return async () => (await send(`${small.url}/identity`, { headers })).status;
+  };
+  const cnf = { cnf: await cnfOf(holder) };
+  const victims = [await callAs("victim"), await callAs("victim")];
+  const floods = await Promise.all(Array.from({ length: 9 }, () => callAs("flooder")));
+  for (const first of [...victims, ...floods]) expect(await first()).toBe(200);
+  // Of eleven proofs the oldest of the flooder is forgotten, and no other.
+  for (const again of [...victims, ...floods.slice(1)]) expect(await again()).toBe(401);
+  expect(await floods[0]!()).toBe(200);
+  expect(await floods[1]!()).toBe(200); // in its place
+});

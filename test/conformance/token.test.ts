@@ -403,7 +403,7 @@ const bounded: [name: string, change: Change, logged: number, type?: string][] =
   ["Content-Type", {}, 100, tooLong],
   ["grant_type", { grant_type: tooLong }, 100],
   ["scope", { scope: tooLong }, 100],
-  ["scope after another", { scope: `api1 ${tooLong}` }, 100],
+  ["scope after another", { scope: `api1 ${tooLong}` }, 95],
   ["resource", { resource: tooLong }, 0],
   ["client_id", { client_id: tooLong }, 0],
 ];

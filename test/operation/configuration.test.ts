@@ -68,7 +68,15 @@ describe("values", () => {
       ...{ clients: [{ ...registered, ...granted }], signingKeys: { ...lives, ...caches } },
       keyEncryptionSecret: "",
     },
-    { ...both, ...urls, ...keys, resource_name: "My API", scope: "api1", maxBodyBytes: 1_048_576 },
+    {
+      ...both,
+      ...urls,
+      ...keys,
+      resource_name: "My API",
+      scope: "api1",
+      maxBodyBytes: 1_048_576,
+      maxUsedProofs: 50_000,
+    },
     { ...urls, client_id: "client", client_secret: "secret", scope: "api1", dpop: false, tls },
   ];
 
@@ -163,23 +171,6 @@ describe("ISSUER, API_URL, and where to listen", () => {
       expect(atApi).toBe(atIdp.replace(/^ISSUER(?=_)/, "API").replace(/^ISSUER/, "API_URL"));
       expect(atIdp).not.toContain("hunter2");
     }
-  });
-
-  test("the issuer of others may end in a slash, at the API", async () => {
-    const settings = { resource: "https://api.example", listen: here };
-    expect(await outcome(api("https://a.example/", settings))).toStartWith("starts: ");
-    expect(await outcome(api("https://a.example?b", settings))).toMatch(/^ISSUER .*a\.example\.$/);
-  });
-
-  const implied: [url: string, listen: string | undefined, port: number][] = [
-    ["http://127.0.0.1", undefined, 80],
-    ["https://a.example", "127.0.0.1:80", 80],
-    ["https://127.0.0.1", undefined, 443],
-  ];
-  test.each(implied)("%s, listening at %s → port %d, if it is free", async (url, listen, port) => {
-    const starting = idp({ issuer: url, listen, tls: inFile(makePem()) });
-    const told = starting.then(async ({ server, stop }) => [`${server.port}`, await stop()][0]!);
-    expect(await told.catch(({ message }: Error) => message)).toMatch(RegExp(`\\b${port}\\b`));
   });
 
   const wrong: ["idp" | "api", env: Record<string, string>, said: RegExp][] = [

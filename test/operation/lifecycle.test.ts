@@ -7,7 +7,7 @@ import * as jose from "jose";
 import { authorizationServer } from "../../config.ts";
 import { Connection } from "../attack/hostile.ts";
 import { eventually } from "../support/databases.ts";
-import { type Answer, basic, post, send } from "../support/http.ts";
+import { post, send } from "../support/http.ts";
 import { accessToken, assertion, assertionType, Issuer, key, proof } from "../support/jwt.ts";
 import { launch, launchWith, Program, root, temporaryDirectory } from "../support/programs.ts";
 import { urlOf } from "../support/programs.ts";
@@ -351,48 +351,6 @@ describe("lines of the log", () => {
     for (const { milliseconds } of [issued!, refused!, ...protectedApi.lines])
       expect(Number.isInteger(milliseconds)).toBe(true);
   });
-
-  test("1,048,576 characters may wait; what is dropped then is counted in the next line", async () => {
-    const maximum = 1_048_576;
-    /** The lines, and of those that the test keeps waiting, how to let them go. */
-    const written: { text: string; waiting: PromiseWithResolvers<void> | undefined }[] = [];
-    let keepsWaiting = (_text: string) => false;
-    const write = (text: string) => {
-      const waiting = keepsWaiting(text) ? Promise.withResolvers<void>() : undefined;
-      written.push({ text, waiting });
-      return waiting?.promise;
-    };
-    const server = await idp({ log: { write, flush: () => {} }, ...verbose(maximum - 450) });
-    const waitingCharacters = () =>
-      written.reduce((sum, { text, waiting }) => sum + (waiting ? text.length : 0), 0);
-    /** Logs a line, longer each time, up to a hundred characters more. */
-    const fill = async () => {
-      const grant_type = `x${"x".repeat(written.length % 100)}`;
-      expect((await post(server.tokenEndpoint, { ...right, grant_type })).status).toBe(400);
-    };
-    keepsWaiting = (text) => text.length > maximum / 2;
-    expect((await post(server.tokenEndpoint, right)).status).toBe(200);
-    const missing = maximum - waitingCharacters();
-    expect(missing).toBeGreaterThan(200);
-    keepsWaiting = ({ length }) => waitingCharacters() + length === maximum;
-    while (waitingCharacters() < maximum) await fill();
-    // Exactly as much as may wait: the next line is taken, and the two after that are not.
-    keepsWaiting = () => true;
-    const before = written.length;
-    for (let sent = 0; sent < 3; sent++) await fill();
-    expect(written.length).toBe(before + 1);
-    const [first, ...rest] = written.filter(({ waiting }) => waiting);
-    first!.waiting!.reject(new Error("closed"));
-    for (const { waiting } of rest) waiting!.resolve();
-    await Bun.sleep(0);
-    keepsWaiting = () => false;
-    await fill();
-    await fill();
-    const dropped = written.map(({ text }) => JSON.parse(text).dropped);
-    expect(dropped.slice(before)).toEqual([undefined, 2, undefined]);
-    expect(dropped.slice(0, before).every((count) => count === undefined)).toBe(true);
-    await server.stop();
-  });
 });
 
 // --- Request data in the log ---------------------------------------------------------------------
@@ -451,50 +409,6 @@ describe("what the log tells of a request", async () => {
       }
     },
   );
-
-  const secret = "correct-horse-battery-staple";
-  const basicField = (id: string, word: string) => ({ authorization: basic(id, word) });
-  const unsigned = (jwt: string) => jwt.replace(/[^.]+$/, secret);
-  const misplaced: [name: string, request: () => Promise<Answer>][] = [
-    ["Basic, wrong", () => token({}, basicField("client", secret))],
-    ["Basic, as the id", () => token({}, basicField(secret, "client"))],
-    ["Basic, not encoded", () => token({}, { authorization: `Basic ${secret}` })],
-    ["client_secret", () => token({ ...right, client_secret: secret })],
-    ["client_secret with bad percent-encoding", () => token(`client_secret=%zz${secret}`)],
-    ["client_id", () => token({ ...right, client_id: secret })],
-    ["the query", () => send(`${tokenEndpoint}?client_secret=${secret}`, { method: "POST" })],
-    ["an assertion", () => withAssertion(secret)],
-    ["a signature", async () => withAssertion(unsigned(await assertion(clientKey, "app", url)))],
-    ["a proof", () => token(right, { dpop: secret })],
-    ["a token", () => call(`Bearer ${secret}`)],
-    ["a token in the query", () => send(`${identity}/identity?access_token=${secret}`)],
-    [
-      "a token's signature",
-      async () => call(`Bearer ${unsigned(await accessToken(issuerKey, issuer.url, identity))}`),
-    ],
-  ];
-  test.each(misplaced)("a secret as %s neither comes back nor is logged", async (_, request) => {
-    lines.length = 0;
-    const { status, text, headers } = await request();
-    expect([status >= 400, lines.length]).toEqual([true, 1]);
-    const told = [text, JSON.stringify(headers.toJSON()), ...lines].join();
-    for (const form of [secret, btoa(secret)]) expect(told).not.toContain(form);
-  });
-
-  test("no token, assertion or proof is logged, whether accepted or refused", async () => {
-    lines.length = 0;
-    const jwt = await assertion(clientKey, "app", url);
-    const dpop = await proof(clientKey, "POST", tokenEndpoint);
-    const other = await accessToken(issuerKey, issuer.url, identity, { scope: "other" });
-    const answers = [await withAssertion(jwt), await withAssertion(jwt)];
-    answers.push(await token(right, { dpop }), await token(right, { dpop }));
-    answers.push(await call(`Bearer ${other}`));
-    expect(answers.map(({ status }) => status)).toEqual([200, 401, 200, 400, 403]);
-    const issued = answers.flatMap(({ json }) => json?.access_token ?? []);
-    const parts = [jwt, dpop, other, ...issued].flatMap((text) => text.split("."));
-    expect([lines.length, parts.length]).toEqual([5, 15]);
-    expect(parts.filter((part) => lines.join("").includes(part))).toEqual([]);
-  });
 });
 
 // --- Unexpected failures -------------------------------------------------------------------------

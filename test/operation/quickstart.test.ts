@@ -1,10 +1,10 @@
 /** The quickstart as a new user runs it: real programs in a copy of the project, and its experiments. */
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { cpSync, existsSync, readdirSync, symlinkSync } from "node:fs";
+import { cpSync, readdirSync, symlinkSync } from "node:fs";
 import { join } from "node:path";
 import { eventually, freePort } from "../support/databases.ts";
-import { launch, Program, root, temporaryDirectory, urlOf } from "../support/programs.ts";
+import { launch, Program, root, temporaryDirectory } from "../support/programs.ts";
 import { idp, pair } from "../support/servers.ts";
 
 setDefaultTimeout(30_000);
@@ -170,17 +170,4 @@ describe("what goes wrong without bun start", () => {
     expect(await program.ended()).toBe(1);
     expect(program.stderr).toMatch(/error: .*'jose'/);
   });
-
-  test.concurrent(
-    "bun build --compile idp.ts → one file that serves where it is started",
-    async () => {
-      const cwd = temporaryDirectory();
-      const words = ["build", "--compile", "idp.ts", "--outfile", join(cwd, "idp")];
-      expect(await new Program([process.execPath, ...words], root).ended()).toBe(0);
-      const program = new Program([join(cwd, "idp")], cwd, { ISSUER: "http://127.0.0.1:0" });
-      expect(await statusOf(`${await urlOf(program)}/health`)).toBe(200);
-      expect(existsSync(join(cwd, "keys/keys.db"))).toBe(true);
-      expect(await program.stop("SIGTERM")).toBe(0);
-    },
-  );
 });

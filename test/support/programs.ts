@@ -1,23 +1,22 @@
 /** The programs as processes, which end with the test runner even if it is killed. */
 
-import { mkdtempSync, rmSync } from "node:fs";
+import { chmodSync, mkdtempSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { authorizationServer, client, resourceServer } from "../../config.ts";
 
 export const root = join(import.meta.dir, "../..");
 
-const directories: string[] = [];
-process.on("exit", () => {
-  for (const directory of directories) rmSync(directory, { recursive: true, force: true });
-});
+const temporary = mkdtempSync(join(tmpdir(), "oauth-test-"));
+chmodSync(temporary, 0o711); // for programs that run as another user
+// Removed when this process is gone, even if it is killed, by a shell in the background of one that
+// ends: the runner of the tests kills its own children.
+const removing = '{ while kill -0 "$1"; do sleep 1; done; rm -rf "$0"; } &';
+const options = { stdin: "ignore", stdout: "ignore", stderr: "ignore", detached: true } as const;
+Bun.spawn(["sh", "-c", removing, temporary, String(process.pid)], options).unref();
 
-/** A new directory, removed when the tests end. */
-export function temporaryDirectory(): string {
-  const directory = mkdtempSync(join(tmpdir(), "oauth-test-"));
-  directories.push(directory);
-  return directory;
-}
+/** A new directory, for as long as the tests run. */
+export const temporaryDirectory = () => mkdtempSync(join(temporary, "d-"));
 
 /** What a process needs of the environment of the tests, and no variable of the programs. */
 const environment = { PATH: process.env["PATH"], HOME: process.env["HOME"] };
