@@ -200,6 +200,7 @@ for (const on of engines) {
 function locked({ file }: Table): { release: () => void } {
   mkdirSync(dirname(file), { recursive: true });
   const other = new Database(file, { create: true });
+  other.run("PRAGMA busy_timeout = 10000"); // a server may be writing just now
   other.run("BEGIN EXCLUSIVE");
   return { release: () => other.close() };
 }
