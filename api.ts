@@ -23,9 +23,12 @@ export type Claims = Readonly<
 
 // --- Errors --------------------------------------------------------------------------------------
 
-/** RFC 6750 §3.1, RFC 9449 §7.1: each code with its status and a constant text. */
+/**
+ * RFC 6750 §3.1, RFC 9449 §7.1: each code with its status and a constant text. The first and the
+ * last code are for the log alone.
+ */
 const errors = {
-  no_credentials: [401, "An access token is needed."], // a code for the log alone (§3.1)
+  no_credentials: [401, "An access token is needed."],
   invalid_request: [400, "The Authorization field or the body is malformed."],
   invalid_token: [401, "The access token is not valid here. The log of the API has the reason."],
   invalid_dpop_proof: [401, "The DPoP proof is missing or not valid."],
@@ -46,9 +49,10 @@ function check(holds: unknown, code: ErrorCode, reason: string, details = {}): a
 const routes = (api: ResourceServer): config.Routes => ({
   "GET /identity": async (request) => {
     const claims = await api.authorize(request, api.settings.scope);
-    return jsonAnswer(identityText(claims));
+    return new Response(identityText(claims), { headers: jsonHeaders });
   },
-  "GET /.well-known/oauth-protected-resource": () => jsonAnswer(metadata(api.settings)),
+  "GET /.well-known/oauth-protected-resource": () =>
+    Response.json(metadata(api.settings), { headers: jsonHeaders }),
   "GET /health": () => api.health(),
 });
 
@@ -59,11 +63,7 @@ export async function jsonBody(request: Request): Promise<unknown> {
   return await request.json().catch(refuseAs("invalid_request", "The body"));
 }
 
-function jsonAnswer(text: string, status = 200): Response {
-  const headers = { "cache-control": "no-store", "content-type": "application/json" };
-  return new Response(text, { status, headers });
-}
-
+const jsonHeaders = { "cache-control": "no-store", "content-type": "application/json" };
 // Making the text takes a tenth of a call with a remembered token, and claims never change.
 const identityTexts = new WeakMap<Claims, string>();
 
@@ -119,6 +119,7 @@ class ResourceServer {
 
   /** The claims of a token that was accepted before. */
   #recall(authorization: string): Claims | undefined {
+    // The whole field is the key, so that the scheme counts as well.
     const known = this.#remembered.get(authorization);
     if (known?.keys !== this.issuerKeys.keys || !this.issuerKeys.areKnown) return undefined;
     // Without leeway: a token that is about to expire is validated again.
@@ -155,7 +156,8 @@ class ResourceServer {
   health(): Response {
     if (!this.issuerKeys.areKnown) this.issuerKeys.refreshInBackground();
     const isReady = this.issuerKeys.areKnown && !this.lifecycle.isStopping;
-    return jsonAnswer(`{"status":"${isReady ? "ok" : "unavailable"}"}`, isReady ? 200 : 503);
+    const init = { status: isReady ? 200 : 503, headers: jsonHeaders };
+    return Response.json({ status: isReady ? "ok" : "unavailable" }, init);
   }
 }
 
@@ -207,14 +209,13 @@ function deepFreeze<T>(value: T): T {
  * Rejects with invalid_dpop_proof for a proof that does not fit this request and its token.
  */
 async function verifyProof(settings: Settings, request: Request, claims: Claims): Promise<string> {
+  const code = "invalid_dpop_proof";
   const refuseUnless = (holds: unknown, reason: string) =>
-    check(holds, "invalid_dpop_proof", reason, { client_id: claims.client_id });
+    check(holds, code, reason, { client_id: claims.client_id });
   const proof = request.headers.get("dpop") ?? "";
   const rules = { ...config.jwtRules(settings), ...config.proofRules };
   const verifying = jose.jwtVerify(proof, jose.EmbeddedJWK, rules);
-  const { payload, protectedHeader } = await verifying.catch(
-    refuseAs("invalid_dpop_proof", "The DPoP proof"),
-  );
+  const { payload, protectedHeader } = await verifying.catch(refuseAs(code, "The DPoP proof"));
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, jti, ath } = payload;
   refuseUnless(!crit, "The DPoP proof has a crit header.");
@@ -237,7 +238,10 @@ async function verifyProof(settings: Settings, request: Request, claims: Claims)
   return config.sha256(JSON.stringify([jkt, href, jti]), "base64url");
 }
 
-/** The proofs that were used, so that none is used twice (RFC 9449 §11.1). */
+/**
+ * The proofs that were used, so that none is used twice (RFC 9449 §11.1). They are forgotten only
+ * when there are too many of them.
+ */
 class UsedProofs {
   readonly #byClient = new Map<string, Set<string>>();
   #count = 0;
@@ -249,14 +253,9 @@ class UsedProofs {
     check(isNew, "invalid_dpop_proof", "The DPoP proof was used before.", { client_id });
     this.#byClient.set(client_id, proofs.add(proof));
     this.#count++;
-    if (this.#count > maximum) this.#forgetOne();
-  }
-
-  /**
-   * Choice: the client with the most proofs loses its oldest. So one that floods forgets its own,
-   * never another's, and nobody is refused because the memory is full.
-   */
-  #forgetOne(): void {
+    if (this.#count <= maximum) return;
+    // Choice: the client with the most proofs loses its oldest. So one that floods forgets its own,
+    // never another's, and nobody is refused because the memory is full.
     const most = [...this.#byClient.values()].reduce((a, b) => (b.size > a.size ? b : a));
     const [oldest = ""] = most;
     most.delete(oldest);
@@ -267,20 +266,21 @@ class UsedProofs {
 // --- Keys of the issuer --------------------------------------------------------------------------
 
 /** The issuer's public keys, found through its metadata and refreshed in the background. */
-class IssuerKeys extends config.RemoteKeys {
+class IssuerKeys extends config.PublicKeys {
   readonly #timer: Timer;
 
   constructor(settings: Settings, log: config.Log) {
-    const { coolDownSeconds, keepKeysSeconds: keepSeconds, refreshSeconds, clock } = settings;
+    const { coolDownSeconds, keepKeysSeconds, refreshSeconds, clock } = settings;
     const logFailure = (error: unknown) => {
       log.write("keys not fetched", { reason: config.reasonOf(error) });
       throw error;
     };
+    const fetchKeys = (signal: AbortSignal) => fetchIssuerKeys(settings, signal).catch(logFailure);
     // No call waits for newer keys, as long as there are any: the timer fetches them.
-    const rules = { coolDownSeconds, keepSeconds, maxAgeSeconds: keepSeconds };
-    super((signal) => fetchIssuerKeys(settings, signal).catch(logFailure), rules, clock);
-    const refresh = () => this.areKnown && this.refreshInBackground();
-    this.#timer = setInterval(refresh, refreshSeconds * 1000).unref();
+    const ages = { coolDownSeconds, maxAgeSeconds: keepKeysSeconds, keepSeconds: keepKeysSeconds };
+    super({ fetchKeys, ...ages, clock });
+    const refreshKnown = () => this.areKnown && this.refreshInBackground();
+    this.#timer = setInterval(refreshKnown, refreshSeconds * 1000).unref();
   }
 
   refreshInBackground(): void {
@@ -303,16 +303,16 @@ async function fetchIssuerKeys({ issuer, tls }: Settings, signal: AbortSignal): 
 // --- Metadata and challenges ---------------------------------------------------------------------
 
 /** RFC 9728 §2. */
-function metadata(settings: Settings): string {
+function metadata(settings: Settings): object {
   const { resource, resource_name, issuer, scope, acceptedAlgorithms } = settings;
-  return JSON.stringify({
+  return {
     resource,
     resource_name,
     authorization_servers: [issuer],
     scopes_supported: [scope],
     bearer_methods_supported: ["header"],
     dpop_signing_alg_values_supported: acceptedAlgorithms,
-  });
+  };
 }
 
 /** RFC 6750 §3, RFC 9449 §7.1, RFC 9728 §5.1; the error stands at the scheme that was used. */
@@ -330,7 +330,7 @@ function challenges(settings: Settings, refusal: config.Refusal, request: Reques
   return `${bearer}, ${dpop}`;
 }
 
-/** A challenge of RFC 9110 §11.6.1: a scheme and its parameters, without those that are absent. */
+/** A challenge (RFC 9110 §11.3): a scheme and its parameters, without those that are absent. */
 function challenge(scheme: string, parameters: Record<string, unknown>): string {
   const present = Object.entries(parameters).filter(([, value]) => value !== undefined);
   return `${scheme} ${present.map(([name, value]) => `${name}="${value}"`).join(", ")}`;
@@ -351,6 +351,7 @@ export async function start(settings = config.resourceServer) {
     maxRequestBodySize: settings.maxBodyBytes,
     fetch: (request, http) => api.lifecycle.answer(answer, request, http),
   });
+  // Only now the port is known. No request arrives before the lines below have run.
   const url = config.urlOf(settings.resource, http);
   const api = new ResourceServer({ ...settings, resource: url });
   const answer = config.router(url, routes(api));

@@ -45,15 +45,15 @@ function printDecoded(access_token: string): void {
   }
 }
 
-/** The token endpoint, from the issuer's metadata (RFC 8414 §3). */
+/** The token endpoint, from the issuer's metadata (OpenID Connect Discovery §4, RFC 8414 §2). */
 async function discoverTokenEndpoint(settings: Settings): Promise<string> {
   const { issuer } = settings;
   const step = new Step(settings, "Discovery", config.metadataUrl(issuer));
   const metadata = await step.ask({});
-  // RFC 8414 §3.3: "MUST be identical to the issuer identifier value".
+  // RFC 8414 §3.3: the issuer that the metadata names must be the one that was asked.
   step.require(metadata["issuer"] === issuer, metadata, "issuer", issuer);
   const { token_endpoint: endpoint } = metadata;
-  // The secret goes there, so it must be the issuer's own.
+  // Choice: the secret goes there, so it must be on the origin of the issuer.
   const { origin } = new URL(issuer);
   const isOwn = config.isText(endpoint) && URL.parse(endpoint)?.origin === origin;
   step.require(isOwn, metadata, "token_endpoint", `a URL of ${origin}`);
@@ -76,21 +76,21 @@ export class TokenSource {
   }
 
   /**
-   * Resolves with the token response that there is until shortly before it expires; then one new
-   * one is requested for all who wait. Rejects with a StepError, which is not remembered.
+   * Resolves with the current token response, until shortly before it expires. After that, one
+   * request serves everybody who waits. Rejects with a StepError, which is not remembered.
    */
   async accessToken(): Promise<TokenResponse> {
-    const { response, renewAt } = this.#current ?? { renewAt: -Infinity };
-    if (response && this.#settings.clock() < renewAt) return response;
+    const current = this.#current;
+    if (current && this.#settings.clock() < current.renewAt) return current.response;
     this.#requesting ??= this.#request().finally(() => (this.#requesting = undefined));
     return await this.#requesting;
   }
 
   /**
-   * A fetch with the token, for the API's origin alone. If the API answers 401 `invalid_token`, it
-   * renews the token and sends the request once more, unless the body can be read only once. It
-   * differs from `fetch` in one thing: redirects are not followed, for the token is not for other
-   * hosts. The caller's signal is the only deadline.
+   * A fetch with the token, for the API's origin alone. It sends the request once more if the API
+   * answers 401 `invalid_token`, with a new token, or `use_dpop_nonce`, with that nonce; but not if
+   * the body can be read only once. It differs from `fetch` in one thing: redirects are not
+   * followed, for the token is not for other hosts. The caller's signal is the only deadline.
    */
   async fetch(input: string | URL | Request, init: RequestInit = {}): Promise<Response> {
     const url = input instanceof Request ? input.url : String(new URL(input));
@@ -104,10 +104,10 @@ export class TokenSource {
     const error = answer.status === 401 ? challengeError(answer) : "";
     const isOnce = Symbol.asyncIterator in Object(request.body);
     if (isOnce || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
-    // RFC 9449 §9: the API wants its nonce in the proof. Else the token is at an end, unless
-    // somebody else has renewed it meanwhile.
-    const isOver = error === "invalid_token" && this.#current?.response === used;
-    if (isOver) this.#current = undefined;
+    // RFC 9449 §9: an API may want its nonce in the proof. Else the token is given up, unless
+    // somebody has renewed it meanwhile.
+    const isCurrent = this.#current?.response === used;
+    if (error === "invalid_token" && isCurrent) this.#current = undefined;
     return await this.#call(url, request, await this.accessToken());
   }
 
@@ -115,11 +115,11 @@ export class TokenSource {
     const headers = new Headers(init.headers);
     headers.set("authorization", `${token.token_type} ${token.access_token}`);
     await this.#prover?.prove(headers, String(init.method).toUpperCase(), url, token.access_token);
+    const step = new Step(this.#settings, "The call", url);
     const sending = config.directFetch(url, { ...init, headers }, this.#settings.tls);
     const answer = await sending.catch((error) => {
-      throw init.signal?.aborted
-        ? error
-        : new Step(this.#settings, "The call", url).unanswered(error);
+      if (init.signal?.aborted) throw error;
+      return step.unanswered(error);
     });
     this.#prover?.takeNonce(url, answer);
     return answer;
@@ -158,14 +158,15 @@ export class TokenSource {
 
 /** What a token response must have to be used. */
 function checkedResponse(step: Step, members: Members, dpop: boolean): TokenResponse {
-  const { access_token, token_type, expires_in = 1 } = members;
+  const { access_token, token_type, expires_in } = members;
   // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
   const type = dpop ? "DPoP" : "Bearer";
   const isType = config.isText(token_type) && token_type.toLowerCase() === type.toLowerCase();
   step.require(isType, members, "token_type", type);
   const isToken = config.isText(access_token) && /^[\w.~+/-]+=*$/.test(access_token);
   step.require(isToken, members, "access_token", "text as RFC 6750 §2.1 has it");
-  const isLifetime = typeof expires_in === "number" && expires_in > 0;
+  const isNumber = typeof expires_in === "number" && expires_in > 0;
+  const isLifetime = isNumber || expires_in === undefined;
   step.require(isLifetime, members, "expires_in", "a number of seconds over 0");
   return members as TokenResponse;
 }
@@ -251,9 +252,9 @@ const hints = new Map([
 ]);
 
 /** What to try, by the code of an error. */
-function hintFor({ url, settings }: Step, code: string): string {
-  const { proxyVariable } = settings;
+function hintFor({ url, settings: { proxyVariable } }: Step, code: string): string {
   const isLocal = config.isLoopback(new URL(url));
+  // FailedToOpenSocket comes when the certificate to trust cannot be read.
   const isTls = /CERT|SIGN|OpenSocket/.test(code);
   if (isTls && isLocal) return "Start all programs in one directory, or with the same TLS_CERT.";
   if (isTls) return "Set NODE_EXTRA_CA_CERTS if the certificate is of a private authority.";
@@ -277,21 +278,18 @@ class Step {
 
   /** Sends a request whose answer must be short, and come within 10 s. */
   async ask(init: RequestInit, prover?: Prover): Promise<Members> {
-    const sending = { ...init, signal: AbortSignal.timeout(10_000) };
-    const answer = await config
-      .boundedFetch(this.url, sending, this.settings.tls)
-      .catch((error) => {
-        throw this.unanswered(error);
-      });
+    const bounded = { ...init, signal: AbortSignal.timeout(10_000) };
+    const sending = config.boundedFetch(this.url, bounded, this.settings.tls);
+    const answer = await sending.catch((error) => this.unanswered(error));
     prover?.takeNonce(this.url, answer);
     return await this.membersOf(answer);
   }
 
-  unanswered(error: unknown): StepError {
+  /** Throws the error of a request that got no answer. */
+  unanswered(error: unknown): never {
     const { code } = error as { code?: unknown };
-    return config.isText(code)
-      ? new StepError(this, code, code)
-      : new StepError(this, config.reasonOf(error));
+    const text = config.isText(code) ? code : "";
+    throw new StepError(this, text || config.reasonOf(error), text);
   }
 
   /** The members of a 200 (RFC 6749 §5.1, RFC 8414 §3.2). Rejects with the error of any other. */

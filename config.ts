@@ -32,7 +32,7 @@ export interface ClientRegistration {
   scope: string;
   access_token_lifetime_seconds: number;
   dpop_bound_access_tokens?: boolean;
-  /** Extra claims for this client's tokens. */
+  /** Extra claims for this client's tokens. A name that this server sets itself is refused. */
   claims?: Record<string, unknown>;
 }
 
@@ -57,16 +57,11 @@ const serverDefaults = {
   clock: () => Date.now(),
 };
 
-/**
- * How soon a change of the signing keys is known: to all instances, to caches, and to the APIs; and
- * how long a server waits before it fetches keys again for a token that names an unknown one.
- */
-const keyTimes = { pollSeconds: 10, maxAgeSeconds: 60, refreshSeconds: 300, coolDownSeconds: 5 };
-
 /** Signature algorithms that are accepted from others: only asymmetric ones. */
 const acceptedAlgorithms = [
-  ...["ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"],
-  ...["EdDSA", "Ed25519", "ML-DSA-44", "ML-DSA-65", "ML-DSA-87"],
+  ...["ES256", "ES384", "ES512", "RS256", "RS384", "RS512"],
+  ...["PS256", "PS384", "PS512", "EdDSA", "Ed25519"],
+  ...["ML-DSA-44", "ML-DSA-65", "ML-DSA-87"],
 ];
 
 export const authorizationServer = {
@@ -83,6 +78,7 @@ export const authorizationServer = {
       scope: apiScope,
       access_token_lifetime_seconds: 3600,
     },
+    // `satisfies` checks the fields; `as` allows a test other clients, with other fields.
   ] satisfies ClientRegistration[] as ClientRegistration[],
   acceptedAlgorithms,
   signingKeys: {
@@ -91,12 +87,22 @@ export const authorizationServer = {
     rotationSeconds: 90 * 86_400,
     /** How long a key stays published after it signed last. */
     retentionSeconds: 14 * 86_400,
-    ...keyTimes,
+    /** How often an instance reads its database. */
+    pollSeconds: 10,
+    /** How long a cache may keep the published keys. */
+    maxAgeSeconds: 60,
+    /** How often an API fetches the keys of the issuer, and the issuer those of a `jwks_uri`. */
+    refreshSeconds: 300,
+    /** How long either waits before it fetches again, for a JWT that names an unknown key. */
+    coolDownSeconds: 5,
   },
   databaseUrl: env["DATABASE_URL"] || "sqlite://keys/keys.db",
   /** How long a start waits for a database that does not answer yet. */
   databaseWaitSeconds: 30,
-  /** Secrets of 32 bytes in base64url, separated by commas: the first seals, all open. */
+  /**
+   * A list of secrets, each of 32 bytes in base64url, separated by commas. The first seals, all
+   * open; the word `none` among them allows keys that are not sealed.
+   */
   keyEncryptionSecret: env["KEY_ENCRYPTION_SECRET"] || "",
   ...serverDefaults,
 };
@@ -110,8 +116,8 @@ export const resourceServer = {
   /** What a token must carry for GET /identity. */
   scope: apiScope,
   acceptedAlgorithms,
-  refreshSeconds: keyTimes.refreshSeconds,
-  coolDownSeconds: keyTimes.coolDownSeconds,
+  refreshSeconds: authorizationServer.signingKeys.refreshSeconds,
+  coolDownSeconds: authorizationServer.signingKeys.coolDownSeconds,
   /** How long the last known keys are used while the issuer cannot be reached. */
   keepKeysSeconds: 86_400,
   /** How many used DPoP proofs are remembered, for all clients together. */
@@ -152,6 +158,7 @@ export const privateMembers = ["d", "p", "q", "dp", "dq", "qi", "oth", "k", "pri
 /** For answers that no cache may keep; RFC 6749 §5.1 asks for both fields. */
 export const noStore = { "cache-control": "no-store", pragma: "no-cache" };
 
+/** Whether a value is a string that is not empty. */
 export const isText = (value: unknown): value is string =>
   typeof value === "string" && value !== "";
 
@@ -204,7 +211,7 @@ export const jwtRules = ({ acceptedAlgorithms, clock }: JwtSettings) => ({
   currentDate: new Date(clock()),
 });
 
-/** What it checks of a DPoP proof besides (RFC 9449 §4.3); it adds the leeway to the age. */
+/** What jose checks of a DPoP proof besides (RFC 9449 §4.3). It adds the leeway to the age. */
 export const proofRules = { typ: "dpop+jwt", maxTokenAge: proofMaxAgeSeconds - leewaySeconds };
 
 // --- Plumbing: addresses and TLS -----------------------------------------------------------------
@@ -246,7 +253,7 @@ export async function listenOptions(name: "ISSUER" | "API", url: URL, settings: 
   const address = listen ? URL.parse(`http://${listen}`) : url;
   if (!address || (listen && !/^[^/?#@\\]+:\d+$/.test(listen)))
     throw new Error(`${name}_LISTEN must be host:port, for example 127.0.0.1:8080.`);
-  // A loopback issuer takes weak secrets, and plain http is for this machine or its proxy.
+  // A loopback server accepts weak secrets and plain http, so no network may reach it.
   if (isLoopback(url) && !isLoopback(address))
     throw new Error(`${name}_LISTEN must be on a loopback host, as ${url.origin} is.`);
   // A URL drops the port that is the default of its scheme.
@@ -289,7 +296,7 @@ async function developmentPair(file: string) {
   if (!existsSync(file) || isOutdated()) {
     const draft = await makeCertificate(file);
     if (existsSync(file) && isOutdated()) rmSync(file);
-    // link() never overwrites: if another program was faster, its certificate stays.
+    // link() never overwrites: if another program has put its certificate there, that one stays.
     await link(draft, file).catch(() => {});
     rmSync(draft);
   }
@@ -301,13 +308,12 @@ async function makeCertificate(file: string): Promise<string> {
   mkdirSync(dirname(file), { recursive: true, mode: 0o700 });
   const draft = `${file}.${crypto.randomUUID()}`;
   writeFileSync(draft, "", { mode: 0o600 });
-  const { exitCode } = await Bun.$`openssl req -x509 -nodes -days 825 -newkey ec \
+  const making = Bun.$`openssl req -x509 -nodes -days 825 -newkey ec \
     -pkeyopt ec_paramgen_curve:P-256 -subj /CN=localhost \
     -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature \
-    -addext extendedKeyUsage=serverAuth -keyout ${draft} -out ${draft}`
-    .nothrow()
-    .quiet();
+    -addext extendedKeyUsage=serverAuth -keyout ${draft} -out ${draft}`;
+  const { exitCode } = await making.nothrow().quiet();
   if (exitCode === 0) return draft;
   rmSync(draft);
   const ways = "install it, set TLS_CERT and TLS_KEY, or use http on a loopback host";
@@ -357,38 +363,38 @@ export async function fetchJson(url: string, signal: AbortSignal, files: TlsFile
   return Object(await response.json()) as Members;
 }
 
-type FetchKeys = (signal: AbortSignal) => Promise<unknown>;
-type KeyRules = Record<"coolDownSeconds" | "maxAgeSeconds" | "keepSeconds", number>;
+interface KeyRules {
+  /** Resolves with the `keys` of a JWK Set. */
+  fetchKeys: (signal: AbortSignal) => Promise<unknown>;
+  coolDownSeconds: number;
+  /** A use of older keys waits for new ones. If there are none, the old ones are used. */
+  maxAgeSeconds: number;
+  /** Older keys are used no longer. */
+  keepSeconds: number;
+  clock: () => number;
+}
 
 /**
  * The public keys of another party (RFC 7517 §5), fetched when they are needed.
  * Choice: jose chooses the key for a JWT, but we fetch the keys, for its createRemoteJWKSet tries
  * again at once after a failure, and does not tell whether the set has changed.
  */
-export class RemoteKeys {
+export class PublicKeys {
   /** The keys in use: another array if, and only if, the set has changed. */
   keys: jose.JWK[] = [];
-  readonly #fetchKeys: FetchKeys;
   readonly #rules: KeyRules;
-  readonly #clock: () => number;
   #choose = jose.createLocalJWKSet({ keys: [] });
   #fetchedAt = -Infinity;
   #triedAt = -Infinity;
   #isTrying = false;
   #lastTry = Promise.resolve();
 
-  /**
-   * `fetchKeys` resolves with the `keys` of a JWK Set. A use of keys older than `maxAgeSeconds`
-   * waits for new ones; if there are none, the old ones are used until they are `keepSeconds` old.
-   */
-  constructor(fetchKeys: FetchKeys, rules: KeyRules, clock: () => number) {
-    this.#fetchKeys = fetchKeys;
+  constructor(rules: KeyRules) {
     this.#rules = rules;
-    this.#clock = clock;
   }
 
   #areYoungerThan(seconds: number): boolean {
-    return this.#clock() - this.#fetchedAt <= seconds * 1000;
+    return this.#rules.clock() - this.#fetchedAt <= seconds * 1000;
   }
 
   get areKnown(): boolean {
@@ -397,14 +403,17 @@ export class RemoteKeys {
 
   /** The key for a JWT, as jose asks for it. An unknown `kid` is a reason to fetch them again. */
   find: jose.JWTVerifyGetKey = async (header, jws) => {
-    const isFresh = this.#areYoungerThan(this.#rules.maxAgeSeconds);
-    const problem = isFresh ? undefined : await this.refresh().catch((error: unknown) => error);
-    if (problem && !this.areKnown) throw problem;
-    return await this.#choose(header, jws).catch(async (error: unknown) => {
+    if (!this.#areYoungerThan(this.#rules.maxAgeSeconds))
+      await this.refresh().catch((error: unknown) => {
+        if (!this.areKnown) throw error;
+      });
+    try {
+      return await this.#choose(header, jws);
+    } catch (error) {
       if (!(error instanceof jose.errors.JWKSNoMatchingKey)) throw error;
       await this.refresh();
       return await this.#choose(header, jws);
-    });
+    }
   };
 
   /**
@@ -413,26 +422,29 @@ export class RemoteKeys {
    * JWT.
    */
   async refresh(): Promise<void> {
-    const sinceTry = Math.abs(this.#clock() - this.#triedAt); // a clock can be set back
-    const isDue = !this.#isTrying && sinceTry >= this.#rules.coolDownSeconds * 1000;
+    const { clock, coolDownSeconds } = this.#rules;
+    const sinceTry = Math.abs(clock() - this.#triedAt); // a clock can be set back
+    const isDue = !this.#isTrying && sinceTry >= coolDownSeconds * 1000;
     if (isDue) this.#lastTry = this.#tryOnce();
     await this.#lastTry;
   }
 
   async #tryOnce(): Promise<void> {
+    const { fetchKeys, clock } = this.#rules;
     this.#isTrying = true;
     try {
-      const keys = usableKeys(await this.#fetchKeys(AbortSignal.timeout(5_000)));
-      this.#fetchedAt = this.#clock();
+      const keys = usableKeys(await fetchKeys(AbortSignal.timeout(5_000)));
+      this.#fetchedAt = clock();
       if (Bun.deepEquals(keys, this.keys)) return;
       this.#choose = jose.createLocalJWKSet({ keys });
       this.keys = keys;
     } catch (error) {
       const reason = `The keys could not be fetched: ${reasonOf(error)}`;
+      // Both servers have this code in their tables of errors.
       throw new Refusal("temporarily_unavailable", reason);
     } finally {
       this.#isTrying = false;
-      this.#triedAt = this.#clock();
+      this.#triedAt = clock();
     }
   }
 }
@@ -487,7 +499,7 @@ export function router(url: string, routes: Routes): Handler {
 /** Logs a refusal, and makes the answer of it. */
 export type AnswerRefusal = (refusal: Refusal, log: RequestLog, request: Request) => Response;
 
-/** A server from its start to its stop, and the one wrapper around all of its answers. */
+/** The wrapper around every answer of a server, and how the server stops. */
 export class Lifecycle {
   isStopping = false;
   readonly #log: Log;
@@ -588,9 +600,9 @@ export class Log {
       this.#dropped++;
       return;
     }
-    const dropped = this.#dropped > 0 ? { dropped: this.#dropped } : {};
+    const dropped = this.#dropped || undefined; // JSON leaves out what is undefined
     this.#dropped = 0;
-    const entry = { time: new Date().toISOString(), event, ...details, ...dropped };
+    const entry = { time: new Date().toISOString(), event, ...details, dropped };
     // JSON leaves characters as they are that end a line or move a cursor somewhere.
     const line = `${JSON.stringify(entry).replace(/[\x7f-\x9f\u2000-\u206f]/g, "?")}\n`;
     const written = this.#sink?.write(line);
@@ -607,4 +619,5 @@ export class Log {
   }
 }
 
+// `bun start` runs this file first, so that a Bun that is too old ends it with one line.
 if (import.meta.main) requireBunVersion();

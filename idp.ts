@@ -9,7 +9,7 @@
  *
  * Clients authenticate with a secret or a key (RFC 7523); tokens are JWTs (RFC 9068), bound to a
  * key of the client if it sends a proof (RFC 9449). No users, sessions, refresh, introspection.
- * Run: bun run idp.ts   (--new-secret: make a secret for a client)
+ * Run: bun run idp.ts   (bun run secret: make a secret for a client)
  */
 
 import { randomBytes, timingSafeEqual } from "node:crypto";
@@ -25,7 +25,7 @@ type Settings = config.AuthorizationServerSettings;
 /** A registration, made ready for requests: its scopes by resource, and its public keys. */
 interface Client extends config.ClientRegistration {
   scopesAt: Map<string, string[]>;
-  publicKeys: config.RemoteKeys;
+  publicKeys: config.PublicKeys;
 }
 
 /** What a running server knows. */
@@ -46,7 +46,7 @@ const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /**
  * RFC 6749 §5.2, RFC 8707 §2, RFC 9449 §5: each code with its status and a constant text. The
- * reason of a refusal goes to the log.
+ * reason of a refusal goes to the log. The first and the last code are not of these RFCs.
  */
 const errors = {
   not_a_form: [400, "The content type must be application/x-www-form-urlencoded."], // for the log
@@ -117,7 +117,7 @@ function resourceFor({ scopesAt }: Client, form: Form): string {
   check(!named || scopesAt.has(named), "invalid_target", "The client has no scope there.");
   if (named) return named;
   // Choice: RFC 6749 §3.3 leaves open what no scope means. Here it is all that the client has, if
-  // that is at one resource.
+  // that is at one resource. Else the first scope says which resource; scopeAt checks the others.
   const [first] = form.get("scope")?.split(" ") ?? [];
   const fitting = [...scopesAt].filter(([, scopes]) => !first || scopes.includes(first));
   const [found, ...others] = fitting.map(([resource]) => resource);
@@ -143,12 +143,13 @@ async function issue(server: Server, client: Client, aud: string, scope: string,
   const signingKey = server.keyStore.signingKey(iat);
   check(signingKey, "temporarily_unavailable", "There is no key to sign with.");
   const { alg, kid, privateKey, removed_at } = signingKey;
-  // Once the key is gone, nobody can verify the token.
+  // Once the key is gone, nobody can verify the token. It keeps the dates that it was made with, so
+  // it may be gone sooner than the settings say now.
   const exp = Math.min(iat + access_token_lifetime_seconds, removed_at);
   const jti = crypto.randomUUID();
   const identity = { iss: server.settings.issuer, sub: client_id, aud, client_id, scope };
-  const binding = jkt ? { cnf: { jkt } } : {};
-  const claims = { ...identity, iat, nbf: iat, exp, jti, ...binding, ...client.claims };
+  const cnf = jkt && { jkt }; // JSON leaves out what is undefined
+  const claims = { ...identity, iat, nbf: iat, exp, jti, cnf, ...client.claims };
   const jwt = new jose.SignJWT(claims).setProtectedHeader({ alg, kid, typ: "at+jwt" });
   const access_token = await jwt.sign(privateKey);
   const token_type = jkt ? "DPoP" : "Bearer";
@@ -159,8 +160,13 @@ async function issue(server: Server, client: Client, aud: string, scope: string,
 
 /** What the token endpoint reads; all other parameters are ignored (RFC 6749 §3.2). */
 const parameterNames = [
-  ...["grant_type", "scope", "resource", "client_id", "client_secret"],
-  ...["client_assertion", "client_assertion_type"],
+  "grant_type",
+  "scope",
+  "resource",
+  "client_id",
+  "client_secret",
+  "client_assertion_type",
+  "client_assertion",
 ];
 
 /** The parameters that have a value, by their names. */
@@ -207,7 +213,7 @@ function formDecode(text: string): string | undefined {
   }
 }
 
-/** `raw` is the secret as it stood in Basic, where that must have been form-encoded. */
+/** `raw` is the secret as it stood in Basic, before it was form-decoded: for the log's reason. */
 type Secret = { kind: "secret"; client_id: string; secret: string; raw: string };
 type Assertion = { kind: "assertion"; client_id: string; assertion: string };
 type Credentials = Secret | Assertion | { kind: "none"; client_id: string };
@@ -232,7 +238,10 @@ async function presentedCredentials(authorization: string | null, form: Form) {
   return credentials;
 }
 
-/** Two Authorization fields arrive as one, joined by a comma: each starts with its scheme. */
+/**
+ * How many Authorization fields came. Several arrive as one, joined by a comma; a comma that joins
+ * is one that a scheme follows: a word, and then a space or the end.
+ */
 function countFields(authorization: string | null): number {
   const withoutQuotedText = authorization?.replace(/"[^"]*"/g, "");
   return withoutQuotedText?.split(/, *(?=[^\s=,"]+(?: |$))/).length ?? 0;
@@ -291,15 +300,14 @@ function verifySecret(settings: Settings, client: Client | undefined, { secret, 
   const found = equalTo(secret);
   const now = config.secondsAt(settings.clock);
   if (found.some(({ expires_at = Infinity }) => expires_at > now)) return;
-  let reason = "The secret is wrong.";
-  if (equalTo(raw).length > 0)
-    reason = "The secret is right, but not form-encoded in Basic (RFC 6749 §2.3.1).";
-  if (found.length > 0) reason = "The secret has expired.";
-  if (!client) reason = "The client is unknown.";
-  throw new config.Refusal<ErrorCode>("invalid_client", reason);
+  const isRaw = equalTo(raw).length > 0;
+  check(client, "invalid_client", "The client is unknown.");
+  check(found.length === 0, "invalid_client", "The secret has expired.");
+  check(!isRaw, "invalid_client", "The secret is right, but not form-encoded (RFC 6749 §2.3.1).");
+  throw new config.Refusal<ErrorCode>("invalid_client", "The secret is wrong.");
 }
 
-/** private_key_jwt: RFC 7523 §3, stricter where rfc7523bis is. */
+/** private_key_jwt: RFC 7523 §3, and stricter where its successor is, the draft rfc7523bis. */
 async function verifyAssertion({ settings, keyStore }: Server, client: Client, assertion: string) {
   const { client_id, publicKeys, token_endpoint_auth_signing_alg: alg } = client;
   const code = "invalid_client";
@@ -307,6 +315,7 @@ async function verifyAssertion({ settings, keyStore }: Server, client: Client, a
   const rules = { ...config.jwtRules(settings), ...names, ...(alg && { algorithms: [alg] }) };
   const verifying = jose.jwtVerify(assertion, publicKeys.find, rules);
   const { payload, protectedHeader } = await verifying.catch(refuseAs(code, "The assertion"));
+  // Checked after the signature, for only then the keys of a jwks_uri are there to be counted.
   const isNamed = protectedHeader.kid || publicKeys.keys.length === 1;
   check(isNamed, code, "The assertion does not say which of several keys it is by.");
   checkAssertion(settings, payload, protectedHeader);
@@ -342,14 +351,13 @@ function checkAssertion(
 /** The thumbprint of the key that the token will be bound to, if it will be bound (RFC 9449 §5). */
 async function boundKey(server: Server, client: Client, proof: string | null) {
   if (proof !== null) return await verifyProof(server, proof);
-  const isFree = !client.dpop_bound_access_tokens;
-  check(isFree, "invalid_dpop_proof", "The client must send a DPoP proof, and sent none.");
+  check(!client.dpop_bound_access_tokens, "invalid_dpop_proof", "The client must send a proof.");
   return undefined;
 }
 
 /**
- * RFC 9449 §4.3: the thumbprint of the key that a proof shows the client to have. The API checks
- * proofs with code of its own, for the two share nothing but HTTP.
+ * RFC 9449 §4.3: the thumbprint of the key that a proof shows the client to have. The API has such
+ * a function of its own, for it checks more, refuses otherwise, and may be on another machine.
  */
 async function verifyProof({ settings, tokenEndpoint, keyStore }: Server, proof: string) {
   const code = "invalid_dpop_proof";
@@ -380,6 +388,7 @@ async function verifyProof({ settings, tokenEndpoint, keyStore }: Server, proof:
 /** RFC 8414 §2, made from the settings: what is advertised is what is done. */
 function metadata({ settings, tokenEndpoint }: Server): object {
   const { issuer, scopes, acceptedAlgorithms } = settings;
+  const authenticationMethods = ["client_secret_basic", "client_secret_post", "private_key_jwt"];
   return {
     issuer,
     jwks_uri: `${config.metadataUrl(issuer)}/jwks`,
@@ -387,22 +396,18 @@ function metadata({ settings, tokenEndpoint }: Server): object {
     scopes_supported: scopes.map(({ scope }) => scope),
     response_types_supported: [], // Choice: §2 requires it, though §3.2 would omit an empty one
     grant_types_supported: ["client_credentials"],
-    token_endpoint_auth_methods_supported: [
-      ...["client_secret_basic", "client_secret_post", "private_key_jwt"],
-    ],
+    token_endpoint_auth_methods_supported: authenticationMethods,
     token_endpoint_auth_signing_alg_values_supported: acceptedAlgorithms,
     dpop_signing_alg_values_supported: acceptedAlgorithms,
     protected_resources: [...new Set(scopes.map(({ resource }) => resource))], // RFC 9728 §4
   };
 }
 
-const jwkSet = ({ keyStore, settings }: Server) => ({
-  keys: keyStore.publicKeys(config.secondsAt(settings.clock)),
-});
+const jwkSet = ({ keyStore }: Server) => ({ keys: keyStore.publicKeys() });
 
 /** Whether this instance should get requests. */
-function health({ keyStore, lifecycle, settings }: Server): Response {
-  const isReady = !lifecycle.isStopping && keyStore.signingKey(config.secondsAt(settings.clock));
+function health({ keyStore, lifecycle }: Server): Response {
+  const isReady = !lifecycle.isStopping && keyStore.signingKey();
   const whenReady = keyStore.isHealthy ? "ok" : "degraded";
   const init = { status: isReady ? 200 : 503, headers: config.noStore };
   return Response.json({ status: isReady ? whenReady : "unavailable" }, init);
@@ -449,13 +454,14 @@ const sweepDelaySeconds = 900;
 class UnusableKey extends Error {}
 
 /**
- * Whether the same may succeed soon: SQLite is busy, or PostgreSQL is away, starting or crowded.
+ * Whether the same may succeed soon: SQLite is busy, or PostgreSQL is away, starting or crowded, or
+ * another instance has just made the same table.
  */
 function mayHeal(error: unknown): boolean {
   const { code = "", errno } = error as { code?: string; errno?: unknown };
   if (code.startsWith("SQLITE")) return code.startsWith("SQLITE_BUSY");
-  // PostgreSQL has its own codes in errno. Temporary are two classes, and that another instance has
-  // just made a table: a unique violation, a duplicate table or a duplicate object.
+  // An error of PostgreSQL has its code in errno; without one, the connection has failed. Classes
+  // 53 and 57 are of a server that is crowded or stops; the rest are of a table that is there.
   return errno === undefined || /^(5[37]|23505|42P07|42710)/.test(String(errno));
 }
 
@@ -473,15 +479,17 @@ class KeyStore {
   #sql: Bun.SQL;
   #keys: SigningKey[] = [];
   #polledAt: number;
+  #isOpen = false;
   #timer: Timer | undefined;
   #nextBatch: Batch | undefined;
   #lastInsert: Promise<unknown> = Promise.resolve();
+  readonly #now = () => config.secondsAt(this.#settings.clock);
 
   constructor(settings: Settings, log: config.Log) {
     this.#settings = settings;
     this.#log = log;
     this.#sealing = new Sealing(settings.keyEncryptionSecret);
-    this.#polledAt = config.secondsAt(settings.clock);
+    this.#polledAt = this.#now();
     const [, file] = /^sqlite:(?:\/\/)?([^?]+)/.exec(settings.databaseUrl) ?? [];
     this.#sqliteFile = file;
     if (file && file !== ":memory:" && !existsSync(file)) {
@@ -497,13 +505,14 @@ class KeyStore {
   }
 
   /** The key that signs: the one whose period holds, else the one whose period comes next. */
-  signingKey(at: number): SigningKey | undefined {
+  signingKey(at = this.#now()): SigningKey | undefined {
     const [alg] = this.#settings.signingKeys.algorithms;
     return this.#keys.find((key) => key.alg === alg && key.signs_until > at);
   }
 
   /** The public members of every key until it is removed, also of an algorithm used no longer. */
-  publicKeys(at: number): jose.JWK[] {
+  publicKeys(): jose.JWK[] {
+    const at = this.#now();
     return this.#keys.filter(({ removed_at }) => removed_at > at).map(({ publicJwk }) => publicJwk);
   }
 
@@ -516,11 +525,11 @@ class KeyStore {
       : [`PostgreSQL at ${hostname}:${port || 5432}`, "Check that it runs, and DATABASE_URL."];
     const started = performance.now();
     let isWaiting = false;
-    while (!this.#timer) {
+    while (!this.#isOpen) {
       try {
         await this.#prepare();
         await this.#refresh();
-        this.#timer = setInterval(() => void this.#poll(), signingKeys.pollSeconds * 1000);
+        this.#isOpen = true;
       } catch (error) {
         if (error instanceof UnusableKey) throw error;
         const reason = config.reasonOf(error);
@@ -532,6 +541,7 @@ class KeyStore {
         await Bun.sleep(50);
       }
     }
+    this.#timer = setInterval(() => void this.#poll(), signingKeys.pollSeconds * 1000);
   }
 
   async #prepare(): Promise<void> {
@@ -539,9 +549,10 @@ class KeyStore {
       // It runs on the event loop, so it must not wait for long. What is deleted is overwritten.
       await this.#sql.unsafe("PRAGMA busy_timeout = 100; PRAGMA secure_delete = ON");
       await this.#sql.unsafe("PRAGMA synchronous = NORMAL");
-      // A file that can only be read keeps its mode.
-      const switching = this.#sql.unsafe("PRAGMA journal_mode = WAL");
-      await switching.catch((error) => mayHeal(error) && Promise.reject(error));
+      await this.#sql.unsafe("PRAGMA journal_mode = WAL").catch((error) => {
+        // A file that can only be read keeps its mode.
+        if (mayHeal(error)) throw error;
+      });
     }
     // Tables that are there are left alone, so that a role without CREATE can run the server.
     const probe = inTime(this.#sql`SELECT 1 FROM signing_keys, used_jtis LIMIT 1`);
@@ -574,17 +585,19 @@ class KeyStore {
    * can be read but not written is enough, as long as there is a key to sign with.
    */
   async #refresh(): Promise<void> {
-    const at = config.secondsAt(this.#settings.clock);
+    const at = this.#now();
     const rows = await this.#load();
-    if (!this.#timer) this.#requireUsableKeys(rows, at);
+    if (!this.#isOpen) this.#requireUsableKeys(rows, at);
     try {
-      await this.#sealClearRows(rows);
+      await this.#sealClearKeys();
       for (const alg of this.#settings.signingKeys.algorithms)
         await this.#makeMissing(alg, at, rows);
       await this.#sweep(at);
       if (!this.isHealthy) this.#log.write("database back", {});
       this.isHealthy = true;
     } catch (error) {
+      // What may heal is tried again by whoever called. Else nothing can be written here, which is
+      // enough while there is a key.
       if (!this.signingKey(at) || mayHeal(error)) throw error;
       this.#reportAway(error);
     }
@@ -607,13 +620,12 @@ class KeyStore {
     // PostgreSQL gives BIGINT as text.
     for (const row of rows) for (const name of numberColumns) row[name] = Number(row[name]);
     rows.sort((a, b) => a.signs_from - b.signs_from || a.generation - b.generation);
-    const opening = rows.map(
-      async (row) =>
-        await this.#sealing.open(row).catch((error) => {
-          this.#log.write("key skipped", { kid: row.kid, reason: config.reasonOf(error) });
-        }),
-    );
-    const opened = (await Promise.all(opening)).filter((key) => key !== undefined);
+    const opened: SigningKey[] = [];
+    for (const row of rows) {
+      const reportSkipped = (error: unknown) =>
+        this.#log.write("key skipped", { kid: row.kid, reason: config.reasonOf(error) });
+      await this.#sealing.open(row).then((key) => opened.push(key), reportSkipped);
+    }
     const before = this.#keys;
     this.#keys = opened;
     for (const { kid, alg } of before)
@@ -622,11 +634,13 @@ class KeyStore {
   }
 
   /** Seals keys that rest in clear, so that `none` can leave the list of secrets after a poll. */
-  async #sealClearRows(rows: Row[]): Promise<void> {
-    for (const row of rows.filter((row) => this.#sealing.mustSeal(row))) {
-      const sealed = await this.#sealing.seal(row);
+  async #sealClearKeys(): Promise<void> {
+    // What was not opened is never sealed: a key in clear that nobody allows was put there.
+    for (const { jwk, ...key } of this.#keys.filter(isClear)) {
+      const sealed = await this.#sealing.seal({ jwk, ...key });
+      if (sealed === jwk) continue; // there is no secret to seal it with
       await inTime(this.#sql`UPDATE signing_keys SET jwk = ${sealed}
-        WHERE alg = ${row.alg} AND generation = ${row.generation} AND jwk = ${row.jwk}`);
+        WHERE alg = ${key.alg} AND generation = ${key.generation} AND jwk = ${jwk}`);
     }
   }
 
@@ -660,16 +674,16 @@ class KeyStore {
   }
 
   /**
-   * Deletes what expired, late, and writes a row of its own to see that writing works. A key is
-   * deleted only if it expired between two polls: an instance whose clock is far ahead, or jumps,
-   * has not seen the keys of the others expire.
+   * Deletes what expired a while ago, and writes a row of its own to see that writing works. A key
+   * is deleted only if that moment lies between two polls. So an instance whose clock is wrong, or
+   * jumps, deletes no key of the others; a key that expired while no instance ran stays, unused.
    */
   async #sweep(at: number): Promise<void> {
     const since = this.#polledAt - sweepDelaySeconds;
     const until = at - sweepDelaySeconds;
-    const hasJumped = at - this.#polledAt > sweepDelaySeconds;
+    const sinceLast = at - this.#polledAt;
     this.#polledAt = at;
-    if (!hasJumped)
+    if (sinceLast <= sweepDelaySeconds)
       await inTime(this.#sql`DELETE FROM signing_keys
         WHERE removed_at > ${since} AND removed_at <= ${until}`);
     await inTime(this.#sql`DELETE FROM used_jtis WHERE expires_at < ${until}`);
@@ -689,7 +703,8 @@ class KeyStore {
     this.#nextBatch ??= this.#startBatch();
     const { rows, inserted } = this.#nextBatch;
     rows.push({ id, expires_at: Math.ceil(expires_at) });
-    if (rows.length === 500) this.#nextBatch = undefined; // an engine bounds the parameters
+    // A batch takes no more once it is full, for an engine bounds the parameters, or on its way.
+    if (rows.length === 500) this.#nextBatch = undefined;
     const newIds = await inTime(inserted).catch((error: unknown) => {
       this.#reportAway(error);
       throw new config.Refusal<ErrorCode>("temporarily_unavailable", config.reasonOf(error));
@@ -744,14 +759,7 @@ class Sealing {
     this.#secrets = secrets.map((word) => Buffer.from(word, "base64url"));
     this.#readsClear = secrets.length === 0 || words.includes("none");
     const areLong = this.#secrets.every(({ length }) => length === 32);
-    require(areLong, "KEY_ENCRYPTION_SECRET must be 32 bytes in base64url");
-  }
-
-  /**
-   * Whether a row may rest in clear no longer: it is read, and there is a secret to seal it with.
-   */
-  mustSeal({ jwk }: Row): boolean {
-    return jwk.startsWith("{") && this.#readsClear && this.#secrets.length > 0;
+    requireRule(areLong, "KEY_ENCRYPTION_SECRET must be 32 bytes in base64url");
   }
 
   /** The JWK of a row, sealed with the first secret if there is one. */
@@ -778,9 +786,9 @@ class Sealing {
   }
 
   async #unseal(row: Row): Promise<string> {
-    if (row.jwk.startsWith("{")) {
+    if (isClear(row)) {
       if (this.#readsClear) return row.jwk;
-      throw new Error("The key is in clear, which the word none in KEY_ENCRYPTION_SECRET allows.");
+      throw new Error("The key is not sealed. The word none in KEY_ENCRYPTION_SECRET allows that.");
     }
     const rules = { keyManagementAlgorithms: ["dir"], contentEncryptionAlgorithms: ["A256GCM"] };
     const opening = this.#secrets.map((secret) => jose.compactDecrypt(row.jwk, secret, rules));
@@ -794,18 +802,19 @@ class Sealing {
   }
 }
 
+const isClear = ({ jwk }: Row) => jwk.startsWith("{");
+
 function sealedHeader({ alg: key_alg, kid, signs_from, signs_until, removed_at }: Row) {
   return { alg: "dir", enc: "A256GCM", kid, key_alg, signs_from, signs_until, removed_at };
 }
 
 // --- Checking the settings -----------------------------------------------------------------------
 
-const reservedClaims = [
-  ...["iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "cnf"],
-];
+/** What a token says by itself (RFC 9068 §2.2, RFC 7800 §3.1). */
+const ownClaims = ["iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "cnf"];
 
 /** Throws an Error that names the field unless the rule holds. */
-function require(holds: unknown, rule: string): void {
+function requireRule(holds: unknown, rule: string): void {
   if (!holds) throw new Error(`config.ts: ${rule}.`);
 }
 
@@ -818,29 +827,28 @@ function checkSettings({ databaseUrl, acceptedAlgorithms, signingKeys, scopes }:
   const caches = 2 * delays.reduce((sum, seconds) => sum + seconds);
   const areAccepted = algorithms.every((alg) => acceptedAlgorithms.includes(alg));
   const isKnown = /^(sqlite|postgres(ql)?):./.test(databaseUrl);
-  require(isKnown, "DATABASE_URL must be sqlite: or postgres:");
-  require(isPositive, "signingKeys: each time must be over 0");
-  require(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
-  require(algorithms[0] && areAccepted, "signingKeys.algorithms must be of acceptedAlgorithms");
+  requireRule(isKnown, "DATABASE_URL must be sqlite: or postgres:");
+  requireRule(isPositive, "signingKeys: each time must be over 0");
+  requireRule(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
+  requireRule(algorithms[0] && areAccepted, "signingKeys.algorithms must be of acceptedAlgorithms");
   for (const { scope, resource } of scopes) {
     const isUri = URL.canParse(resource) && !resource.includes("#"); // RFC 8707 §2
     const isAlone = scopes.filter((other) => other.scope === scope).length === 1;
-    require(isUri && isAlone, `scopes: ${scope}: needs one resource, which is a URI`);
+    requireRule(isUri && isAlone, `scopes: ${scope}: needs one resource, which is a URI`);
   }
 }
 
 function checkClient(client: config.ClientRegistration, settings: Settings): void {
   const { client_id, client_secrets = [], jwks, jwks_uri, claims = {} } = client;
   const { token_endpoint_auth_signing_alg: alg, access_token_lifetime_seconds: lifetime } = client;
-  const rule = (holds: unknown, text: string) => require(holds, `clients: ${client_id}: ${text}`);
+  const rule = (holds: unknown, text: string) =>
+    requireRule(holds, `clients: ${client_id}: ${text}`);
   const isAlone = settings.clients.filter((other) => other.client_id === client_id).length === 1;
   rule(client_id && isAlone, "client_id is empty or there twice");
   const scopes = settings.scopes.map(({ scope }) => scope);
-  rule(
-    client.scope.split(" ").every((name) => scopes.includes(name)),
-    "scope is not in scopes",
-  );
-  rule(!reservedClaims.some((name) => name in claims), "claims has a reserved name");
+  const areScopes = client.scope.split(" ").every((name) => scopes.includes(name));
+  rule(areScopes, "scope is not in scopes");
+  rule(!ownClaims.some((name) => name in claims), "claims has a reserved name");
   rule(client_secrets[0] || jwks?.keys[0] || jwks_uri, "needs client_secrets, jwks or jwks_uri");
   rule(!jwks || !jwks_uri, "must not have both jwks and jwks_uri"); // RFC 7591 §2
   const isPrivate = (jwk: jose.JWK) => config.privateMembers.some((name) => name in jwk);
@@ -867,9 +875,9 @@ function readyClient(client: config.ClientRegistration, settings: Settings): Cli
   const scopesAt = Map.groupBy(scope.split(" "), (name) => resources.get(name) ?? "");
   const fetchKeys = async (signal: AbortSignal) =>
     jwks_uri ? (await config.fetchJson(jwks_uri, signal, tls))["keys"] : (jwks?.keys ?? []);
-  const { refreshSeconds: maxAgeSeconds, coolDownSeconds } = signingKeys;
-  const rules = { maxAgeSeconds, coolDownSeconds, keepSeconds: 86_400 };
-  return { ...client, scopesAt, publicKeys: new config.RemoteKeys(fetchKeys, rules, clock) };
+  const { refreshSeconds, coolDownSeconds } = signingKeys;
+  const ages = { coolDownSeconds, maxAgeSeconds: refreshSeconds, keepSeconds: 86_400 };
+  return { ...client, scopesAt, publicKeys: new config.PublicKeys({ fetchKeys, ...ages, clock }) };
 }
 
 // --- Start ---------------------------------------------------------------------------------------
@@ -885,7 +893,7 @@ export async function start(settings = config.authorizationServer) {
   for (const client of settings.clients) checkClient(client, settings);
   const clients = new Map(settings.clients.map((c) => [c.client_id, readyClient(c, settings)]));
   const log = new config.Log(settings.log);
-  const lifecycle = new config.Lifecycle(log, (refusal, log) => refuse(issuer, refusal, log));
+  const lifecycle = new config.Lifecycle(log, (refusal, write) => refuse(issuer, refusal, write));
   const keyStore = new KeyStore(settings, log);
   await keyStore.open();
   const http = Bun.serve({
@@ -894,6 +902,7 @@ export async function start(settings = config.authorizationServer) {
     maxRequestBodySize: 16_384,
     fetch: (request, http) => lifecycle.answer(answer, request, http),
   });
+  // Only now the port is known. No request arrives before the lines below have run.
   const issuer = config.urlOf(settings.issuer, http);
   const tokenEndpoint = `${issuer}/connect/token`;
   const server = { settings: { ...settings, issuer }, tokenEndpoint, clients, keyStore, lifecycle };
