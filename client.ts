@@ -20,7 +20,7 @@ export type TokenResponse = Members & { access_token: string; token_type: string
 
 // --- Discover, request, call ---------------------------------------------------------------------
 
-/** Discovers, requests a token, calls the API; prints what came back. Rejects with StepErrors. */
+/** Discovers, requests a token, calls the API; prints what came back. Rejects if a step fails. */
 export async function run(settings: Settings = config.client): Promise<void> {
   const tokens = new TokenSource(settings);
   console.error(`Requesting a token for ${settings.client_id} from ${settings.issuer}`);
@@ -97,7 +97,7 @@ export class TokenSource {
     const { resource } = this.#settings;
     if (new URL(url).origin !== new URL(resource).origin)
       throw new Error(`The token is for ${resource} alone, not for ${url}.`);
-    const { method = "GET", headers, body, signal } = input instanceof Request ? input : init;
+    const { method, headers, body, signal } = input instanceof Request ? input : init;
     const request = { method, headers, body, signal, ...init } as BunFetchRequestInit;
     const used = await this.accessToken();
     const answer = await this.#call(url, request, used);
@@ -114,7 +114,8 @@ export class TokenSource {
   async #call(url: string, init: BunFetchRequestInit, token: TokenResponse): Promise<Response> {
     const headers = new Headers(init.headers);
     headers.set("authorization", `${token.token_type} ${token.access_token}`);
-    await this.#prover?.prove(headers, String(init.method).toUpperCase(), url, token.access_token);
+    const { method = "GET" } = init;
+    await this.#prover?.prove(headers, method.toUpperCase(), url, token.access_token);
     const step = new Step(this.#settings, "The call", url);
     const sending = config.directFetch(url, { ...init, headers }, this.#settings.tls);
     const answer = await sending.catch((error) => {
@@ -292,7 +293,10 @@ class Step {
     throw new StepError(this, text || config.reasonOf(error), text);
   }
 
-  /** The members of a 200 (RFC 6749 §5.1, RFC 8414 §3.2). Rejects with the error of any other. */
+  /**
+   * The JSON object or list of a 200 (RFC 6749 §5.1, RFC 8414 §3.2). Rejects with the error of any
+   * other answer.
+   */
   async membersOf(answer: Response): Promise<Members> {
     const { status } = answer;
     const document: unknown = await answer.json().catch(() => undefined);
@@ -330,7 +334,7 @@ function print(value: unknown): void {
 
 // --- Start ---------------------------------------------------------------------------------------
 
-/** Waits until a server takes connections, for the some 20 s that it may need to start. */
+/** Waits until a server takes connections, for the 20 s or so that it may need to start. */
 async function untilUp(url: string): Promise<void> {
   for (let tries = 0; tries < 200; tries++) {
     const step = new Step(config.client, "Waiting", url);

@@ -172,7 +172,7 @@ type Members = Record<string, unknown>;
 
 /**
  * Why a request is turned away. The code names a row in the server's own table of errors; the
- * reason and the details are for its log, never for the caller.
+ * reason and the details are for its log; of these the caller sees the scope alone.
  */
 export class Refusal<Code extends string = string> extends Error {
   readonly code: Code;
@@ -355,7 +355,7 @@ export async function boundedFetch(url: string, init: BunFetchRequestInit, files
   return new Response(bytes > 0 ? Buffer.concat(chunks) : null, response);
 }
 
-/** The JSON object that a GET answers. Rejects for any other answer. */
+/** The members of the JSON object that a GET answers. Rejects unless the answer is 200 and JSON. */
 export async function fetchJson(url: string, signal: AbortSignal, files: TlsFiles) {
   parseServerUrl("The address", url.split("?")[0] ?? "", "other");
   const response = await boundedFetch(url, { signal }, files);
@@ -470,7 +470,7 @@ export type Routes = Record<string, Handler>;
 
 /**
  * Answers each request by the handler that stands at its method and path, as "GET /health" or
- * "POST /orders", all below the path of `url`. HEAD follows GET. Elsewhere 404, and 405 for a path
+ * "POST /orders", below the path of `url`. HEAD follows GET. Elsewhere 404, and 405 for a path
  * that has other methods.
  */
 export function router(url: string, routes: Routes): Handler {

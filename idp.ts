@@ -681,11 +681,10 @@ class KeyStore {
   async #sweep(at: number): Promise<void> {
     const since = this.#polledAt - sweepDelaySeconds;
     const until = at - sweepDelaySeconds;
-    const sinceLast = at - this.#polledAt;
-    this.#polledAt = at;
-    if (sinceLast <= sweepDelaySeconds)
+    if (at - this.#polledAt <= sweepDelaySeconds)
       await inTime(this.#sql`DELETE FROM signing_keys
         WHERE removed_at > ${since} AND removed_at <= ${until}`);
+    this.#polledAt = at;
     await inTime(this.#sql`DELETE FROM used_jtis WHERE expires_at < ${until}`);
     const row = { id: "last poll", expires_at: at };
     await inTime(this.#sql`INSERT INTO used_jtis ${this.#sql(row)}
@@ -720,7 +719,7 @@ class KeyStore {
     const rows: Batch["rows"] = [];
     const deadline = performance.now() + queryMilliseconds;
     const insert = async (): Promise<Set<string>> => {
-      this.#nextBatch = undefined;
+      if (this.#nextBatch?.rows === rows) this.#nextBatch = undefined;
       // All instances insert in one order, so that no two wait for each other.
       rows.sort((a, b) => (a.id < b.id ? -1 : 1));
       try {
