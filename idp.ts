@@ -524,7 +524,7 @@ class KeyStore {
       ? [`the database ${this.#sqliteFile}`, "Move the file away, and new keys are made."]
       : [`PostgreSQL at ${hostname}:${port || 5432}`, "Check that it runs, and DATABASE_URL."];
     const started = performance.now();
-    let isWaiting = false;
+    let failures = 0;
     while (!this.#isOpen) {
       try {
         await this.#prepare();
@@ -535,9 +535,10 @@ class KeyStore {
         const reason = config.reasonOf(error);
         const isOver = performance.now() - started > databaseWaitSeconds * 1000;
         if (isOver || !mayHeal(error)) throw new Error(`Cannot use ${place}: ${reason}. ${remedy}`);
-        // Machines start in any order.
-        if (!isWaiting && !this.#sqliteFile) console.error(`Waiting for ${place}: ${reason}.`);
-        isWaiting = true;
+        failures++;
+        // Machines start in any order. The first failure may be that another instance makes the
+        // tables just now, of which a person need not know.
+        if (failures === 2 && !this.#sqliteFile) console.error(`Waiting for ${place}: ${reason}.`);
         await Bun.sleep(50);
       }
     }
