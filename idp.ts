@@ -148,8 +148,8 @@ async function issue(server: Server, client: Client, aud: string, scope: string,
   const exp = Math.min(iat + access_token_lifetime_seconds, removed_at);
   const jti = crypto.randomUUID();
   const identity = { iss: server.settings.issuer, sub: client_id, aud, client_id, scope };
-  const cnf = jkt && { jkt }; // JSON leaves out what is undefined
-  const claims = { ...identity, iat, nbf: iat, exp, jti, cnf, ...client.claims };
+  // JSON leaves out what is undefined.
+  const claims = { ...identity, iat, nbf: iat, exp, jti, cnf: jkt && { jkt }, ...client.claims };
   const jwt = new jose.SignJWT(claims).setProtectedHeader({ alg, kid, typ: "at+jwt" });
   const access_token = await jwt.sign(privateKey);
   const token_type = jkt ? "DPoP" : "Bearer";
@@ -481,6 +481,7 @@ class KeyStore {
   #polledAt: number;
   #isOpen = false;
   #timer: Timer | undefined;
+  #polling: Promise<void> | undefined;
   #nextBatch: Batch | undefined;
   #lastInsert: Promise<unknown> = Promise.resolve();
   readonly #now = () => config.secondsAt(this.#settings.clock);
@@ -542,7 +543,9 @@ class KeyStore {
         await Bun.sleep(50);
       }
     }
-    this.#timer = setInterval(() => void this.#poll(), signingKeys.pollSeconds * 1000);
+    // One poll at a time: one that is late must not bring back what a newer one has replaced.
+    const poll = () => (this.#polling ??= this.#poll().finally(() => (this.#polling = undefined)));
+    this.#timer = setInterval(poll, signingKeys.pollSeconds * 1000);
   }
 
   async #prepare(): Promise<void> {
@@ -617,20 +620,19 @@ class KeyStore {
 
   /** Reads all rows, and takes over the keys that can be opened. */
   async #load(): Promise<Row[]> {
-    const rows: Row[] = await inTime(this.#sql`SELECT * FROM signing_keys`);
+    const rows: Row[] = await inTime(this.#sql`SELECT * FROM signing_keys
+      ORDER BY signs_from, generation`);
     // PostgreSQL gives BIGINT as text.
     for (const row of rows) for (const name of numberColumns) row[name] = Number(row[name]);
-    rows.sort((a, b) => a.signs_from - b.signs_from || a.generation - b.generation);
     const opened: SigningKey[] = [];
     for (const row of rows) {
       const reportSkipped = (error: unknown) =>
         this.#log.write("key skipped", { kid: row.kid, reason: config.reasonOf(error) });
       await this.#sealing.open(row).then((key) => opened.push(key), reportSkipped);
     }
-    const before = this.#keys;
+    for (const { kid, alg } of this.#keys)
+      if (!opened.some((key) => key.kid === kid)) this.#log.write("key removed", { kid, alg });
     this.#keys = opened;
-    for (const { kid, alg } of before)
-      if (!this.#keys.some((key) => key.kid === kid)) this.#log.write("key removed", { kid, alg });
     return rows;
   }
 
@@ -687,8 +689,7 @@ class KeyStore {
         WHERE removed_at > ${since} AND removed_at <= ${until}`);
     this.#polledAt = at;
     await inTime(this.#sql`DELETE FROM used_jtis WHERE expires_at < ${until}`);
-    const row = { id: "last poll", expires_at: at };
-    await inTime(this.#sql`INSERT INTO used_jtis ${this.#sql(row)}
+    await inTime(this.#sql`INSERT INTO used_jtis ${this.#sql({ id: "last poll", expires_at: at })}
       ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at`);
     // No private key stays in the journal.
     if (this.#sqliteFile) await this.#sql.unsafe("PRAGMA wal_checkpoint(TRUNCATE)");
