@@ -213,7 +213,7 @@ function formDecode(text: string): string | undefined {
   }
 }
 
-/** `raw` is the secret as it stood in Basic, before it was form-decoded: for the log's reason. */
+/** `raw` is the secret as it stood in Basic, before it was form-decoded. */
 type Secret = { kind: "secret"; client_id: string; secret: string; raw: string };
 type Assertion = { kind: "assertion"; client_id: string; assertion: string };
 type Credentials = Secret | Assertion | { kind: "none"; client_id: string };
@@ -544,7 +544,9 @@ class KeyStore {
       }
     }
     // One poll at a time: one that is late must not bring back what a newer one has replaced.
-    const poll = () => (this.#polling ??= this.#poll().finally(() => (this.#polling = undefined)));
+    const poll = () => {
+      this.#polling ??= this.#poll().finally(() => (this.#polling = undefined));
+    };
     this.#timer = setInterval(poll, signingKeys.pollSeconds * 1000);
   }
 
@@ -679,7 +681,7 @@ class KeyStore {
   /**
    * Deletes what expired a while ago, and writes a row of its own to see that writing works. A key
    * is deleted only if that moment lies between two polls. So an instance whose clock is wrong, or
-   * jumps, deletes no key of the others; a key that expired while no instance ran stays, unused.
+   * jumps, deletes no key of the others; a key that expired while no poll succeeded stays, unused.
    */
   async #sweep(at: number): Promise<void> {
     const since = this.#polledAt - sweepDelaySeconds;
@@ -760,7 +762,7 @@ class Sealing {
     this.#secrets = secrets.map((word) => Buffer.from(word, "base64url"));
     this.#readsClear = secrets.length === 0 || words.includes("none");
     const areLong = this.#secrets.every(({ length }) => length === 32);
-    requireRule(areLong, "KEY_ENCRYPTION_SECRET must be 32 bytes in base64url");
+    mustHold(areLong, "KEY_ENCRYPTION_SECRET must be 32 bytes in base64url");
   }
 
   /** The JWK of a row, sealed with the first secret if there is one. */
@@ -815,7 +817,7 @@ function sealedHeader({ alg: key_alg, kid, signs_from, signs_until, removed_at }
 const ownClaims = ["iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "cnf"];
 
 /** Throws an Error that names the field unless the rule holds. */
-function requireRule(holds: unknown, rule: string): void {
+function mustHold(holds: unknown, rule: string): void {
   if (!holds) throw new Error(`config.ts: ${rule}.`);
 }
 
@@ -828,22 +830,21 @@ function checkSettings({ databaseUrl, acceptedAlgorithms, signingKeys, scopes }:
   const caches = 2 * delays.reduce((sum, seconds) => sum + seconds);
   const areAccepted = algorithms.every((alg) => acceptedAlgorithms.includes(alg));
   const isKnown = /^(sqlite|postgres(ql)?):./.test(databaseUrl);
-  requireRule(isKnown, "DATABASE_URL must be sqlite: or postgres:");
-  requireRule(isPositive, "signingKeys: each time must be over 0");
-  requireRule(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
-  requireRule(algorithms[0] && areAccepted, "signingKeys.algorithms must be of acceptedAlgorithms");
+  mustHold(isKnown, "DATABASE_URL must be sqlite: or postgres:");
+  mustHold(isPositive, "signingKeys: each time must be over 0");
+  mustHold(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
+  mustHold(algorithms[0] && areAccepted, "signingKeys.algorithms must be of acceptedAlgorithms");
   for (const { scope, resource } of scopes) {
     const isUri = URL.canParse(resource) && !resource.includes("#"); // RFC 8707 §2
     const isAlone = scopes.filter((other) => other.scope === scope).length === 1;
-    requireRule(isUri && isAlone, `scopes: ${scope}: needs one resource, which is a URI`);
+    mustHold(isUri && isAlone, `scopes: ${scope}: needs one resource, which is a URI`);
   }
 }
 
 function checkClient(client: config.ClientRegistration, settings: Settings): void {
   const { client_id, client_secrets = [], jwks, jwks_uri, claims = {} } = client;
   const { token_endpoint_auth_signing_alg: alg, access_token_lifetime_seconds: lifetime } = client;
-  const rule = (holds: unknown, text: string) =>
-    requireRule(holds, `clients: ${client_id}: ${text}`);
+  const rule = (holds: unknown, text: string) => mustHold(holds, `clients: ${client_id}: ${text}`);
   const isAlone = settings.clients.filter((other) => other.client_id === client_id).length === 1;
   rule(client_id && isAlone, "client_id is empty or there twice");
   const scopes = settings.scopes.map(({ scope }) => scope);

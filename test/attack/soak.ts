@@ -8,6 +8,7 @@
  * Exit code 1 if a promise was broken. Linux alone: it reads /proc.
  */
 import { readFileSync } from "node:fs";
+import { eventually } from "../support/databases.ts";
 import { Issuer } from "../support/jwt.ts";
 import { launchWith, type Program, urlOf } from "../support/programs.ts";
 import * as hostile from "./hostile.ts";
@@ -49,13 +50,12 @@ async function startApi(): Promise<Server> {
 }
 
 /** Ends a program that must still run, and whose output must hold no secret. */
-async function end({ program }: Server, signal: NodeJS.Signals = "SIGKILL"): Promise<number> {
+async function end({ program }: Server): Promise<void> {
   if (program.process.exitCode !== null) problems.add(`it ended by itself: ${program.stderr}`);
-  const code = await program.stop(signal);
+  await program.stop("SIGKILL");
   for (const leak of hostile.leaksIn(program.stdout + program.stderr))
     problems.add(`leak: ${leak}`);
   if (program.log.some(({ event }) => event === "failure")) problems.add("an unexpected failure");
-  return code;
 }
 
 /** Runs an attack that must not cost more than so many megabytes of memory. */
@@ -86,14 +86,6 @@ async function load(url: string, connections: number, make: () => string | undef
 
 const times = (count: number, make: () => string) => () => (count-- > 0 ? make() : undefined);
 
-async function eventually(what: string, limit: number, condition: () => Promise<boolean>) {
-  const deadline = performance.now() + limit * 1000;
-  while (!(await condition())) {
-    if (performance.now() > deadline) return void problems.add(`not within ${limit} s: ${what}`);
-    await Bun.sleep(50);
-  }
-}
-
 // --- Parts ---------------------------------------------------------------------------------------
 
 /** Bent requests: no 5xx, nothing reflected, no undue 200, and after a while no more memory. */
@@ -119,16 +111,15 @@ async function idle(): Promise<void> {
   for (const [index, connection] of connections.entries())
     connection.write(tokenRequest().slice(0, (index % 5) * 40));
   check("beside idle ones", await load(idp.url, 8, times(2_000, tokenRequest)), 200);
-  const areClosed = async () => connections.every(({ isClosed }) => isClosed);
-  if (seconds >= 100) await eventually("all idle connections are closed", 100, areClosed);
+  const areClosed = () => connections.every(({ isClosed }) => isClosed);
+  const waiting = seconds < 100 ? undefined : eventually("idle ones are closed", areClosed, 100);
+  await waiting?.catch((error: Error) => problems.add(error.message));
   await end(idp);
 }
 
 console.log(`SEED=${firstSeed}`);
 const beside = idle();
-for (let seed = firstSeed; performance.now() < seconds * 1000; seed++) {
-  await input(seed);
-}
+for (let seed = firstSeed; performance.now() < seconds * 1000; seed++) await input(seed);
 await beside;
 for (const problem of problems) console.log(`BROKEN: ${problem.slice(0, 2_000)}`);
 if (problems.size === 0) console.log("Every promise was kept.");

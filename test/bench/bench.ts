@@ -151,10 +151,8 @@ function withTokens(tokens: string[]): Load {
   const all = tokens.map((token) => request("GET /identity", { authorization: `Bearer ${token}` }));
   const half = Math.ceil(all.length / 2);
   let turn = 0;
-  return {
-    requests: async () => (++turn % 2 ? all.slice(0, half) : all.slice(-half)),
-    isOnce: false,
-  };
+  const requests = async () => (++turn % 2 ? all.slice(0, half) : all.slice(-half));
+  return { requests, isOnce: false };
 }
 
 const withBoundToken = (token: string) =>
@@ -279,10 +277,7 @@ const peakMegabytes = (server: Server) =>
   Number(/VmHWM:\s+(\d+)/.exec(procFile(server, "status"))?.[1]) / 1024;
 
 /** Milliseconds from the start of a program to its whole first answer. */
-async function startTime(
-  starting: () => Promise<Server>,
-  ask: (server: Server) => Promise<unknown>,
-) {
+async function startTime(starting: () => Promise<Server>, ask: (at: Server) => Promise<unknown>) {
   const started = performance.now();
   const server = await starting();
   if (!(await ask(server))) throw new Error("no answer after a start");
@@ -297,15 +292,12 @@ async function coldStarts(): Promise<void> {
   release();
   const [cwd, variables] = [temporaryDirectory(), { ISSUER: `http://127.0.0.1:${port}` }];
   const startProgram = () => start([join(root, "idp.ts")], variables, cwd);
+  const startBare = () => startFloor("a");
+  const askBare = ({ url }: Server) => send(url);
   await startTime(startProgram, obtain); // it makes the keys
   const [bare, token]: [number[], number[]] = [[], []];
   for (let round = 0; round < Math.min(9, 2 * rounds); round++) {
-    bare.push(
-      await startTime(
-        () => startFloor("a"),
-        ({ url }) => send(url),
-      ),
-    );
+    bare.push(await startTime(startBare, askBare));
     token.push(await startTime(startProgram, obtain));
   }
   const [ofBare, ofToken] = [bare, token].map((times) => median(times).toFixed(0));

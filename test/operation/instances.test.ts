@@ -150,29 +150,25 @@ for (const on of engines) {
     }
   });
 
-  scenario(
-    on,
-    "kill -9 during a start, or while a key is made: the next goes on",
-    async (table) => {
-      for (let round = 0; round < 4; round++) {
-        // The first time there is no database yet.
-        if (round % 2) await age(table, rotation);
-        else if (round) await table.change("DELETE FROM signing_keys");
-        const before = round ? await table.rows() : [];
-        const { program } = launched(table.url);
-        await Bun.sleep(moment(round));
-        await program.stop("SIGKILL");
-        const { url } = await instance(table);
-        const after = await table.rows();
-        expect(after.slice(0, before.length)).toEqual(before);
-        const [signing, next] = after.slice(-2);
-        expect(next!.generation).toBe(signing!.generation + 1);
-        expect(next!.signs_from).toBe(signing!.signs_until);
-        expect((await publishes(url)).slice(-2)).toEqual([signing!.kid, next!.kid]);
-        await table.users.pop()!.stop();
-      }
-    },
-  );
+  scenario(on, "kill -9 at a start, or while a key is made: the next goes on", async (table) => {
+    for (let round = 0; round < 4; round++) {
+      // The first time there is no database yet.
+      if (round % 2) await age(table, rotation);
+      else if (round) await table.change("DELETE FROM signing_keys");
+      const before = round ? await table.rows() : [];
+      const { program } = launched(table.url);
+      await Bun.sleep(moment(round));
+      await program.stop("SIGKILL");
+      const { url } = await instance(table);
+      const after = await table.rows();
+      expect(after.slice(0, before.length)).toEqual(before);
+      const [signing, next] = after.slice(-2);
+      expect(next!.generation).toBe(signing!.generation + 1);
+      expect(next!.signs_from).toBe(signing!.signs_until);
+      expect((await publishes(url)).slice(-2)).toEqual([signing!.kid, next!.kid]);
+      await table.users.pop()!.stop();
+    }
+  });
 
   scenario(on, "an API that fetched keys before a rotation knows the next one", async (table) => {
     let now = Date.now();
@@ -205,57 +201,49 @@ function locked({ file }: Table): { release: () => void } {
   return { release: () => other.close() };
 }
 
-scenario(
-  onSqlite,
-  "a lock delays a start, and delays or refuses what is used once",
-  async (table) => {
-    const first = locked(table);
-    const { url, program, started } = launched(table.url);
-    table.users.push(program);
-    const files = () => Bun.spawnSync(["ls", "-l", `/proc/${program.process.pid}/fd`]).stdout;
-    await eventually("it opens the file", () => `${files()}`.includes(table.file));
-    await Bun.sleep(300); // longer than SQLite itself waits
-    expect(program.stderr).toBe("");
-    first.release();
-    await started();
-    expect(program.stderr).toMatch(/^started: [^\n]+\n$/);
-    expect(await health(url)).toBe("ok");
-    const second = locked(table);
-    expect(refusalOf(await assert(url))).toBe("503 temporarily_unavailable");
-    expect(await statusOf(token(url))).toBe(200);
-    await becomes(url, "degraded");
-    second.release();
-    await becomes(url, "ok");
-    expect(await statusOf(assert(url))).toBe(200);
-  },
-);
+scenario(onSqlite, "a lock delays a start, and refuses what is used once", async (table) => {
+  const first = locked(table);
+  const { url, program, started } = launched(table.url);
+  table.users.push(program);
+  const files = () => Bun.spawnSync(["ls", "-l", `/proc/${program.process.pid}/fd`]).stdout;
+  await eventually("it opens the file", () => `${files()}`.includes(table.file));
+  await Bun.sleep(300); // longer than SQLite itself waits
+  expect(program.stderr).toBe("");
+  first.release();
+  await started();
+  expect(program.stderr).toMatch(/^started: [^\n]+\n$/);
+  expect(await health(url)).toBe("ok");
+  const second = locked(table);
+  expect(refusalOf(await assert(url))).toBe("503 temporarily_unavailable");
+  expect(await statusOf(token(url))).toBe(200);
+  await becomes(url, "degraded");
+  second.release();
+  await becomes(url, "ok");
+  expect(await statusOf(assert(url))).toBe(200);
+});
 
 const noLimit = Bun.which("prlimit") ? "" : " (needs prlimit)";
 const disk = { ...onSqlite, isMissing: noLimit !== "" };
 
-scenario(
-  disk,
-  `a full disk: it signs, refuses what is used once, and heals${noLimit}`,
-  async (table) => {
-    const { url, program, started } = launched(table.url);
-    table.users.push(program);
-    await started();
-    // No file may grow beyond one byte, or any size: so a write fails as it does on a full disk.
-    const limit = (size: string) =>
-      Bun.spawnSync(["prlimit", `--pid=${program.process.pid}`, `--fsize=${size}:`]);
-    const count = (name: string) => program.log.filter(({ event }) => event === name).length;
-    expect([await statusOf(assert(url)), await health(url)]).toEqual([200, "ok"]);
-    limit("1");
-    await becomes(url, "degraded");
-    await eventually("three polls have failed", () => count("database away") > 3);
-    expect([await statusOf(token(url)), await statusOf(assert(url))]).toEqual([200, 503]);
-    expect([count("database back"), await health(url)]).toEqual([0, "degraded"]);
-    limit("unlimited");
-    await becomes(url, "ok");
-    await eventually("the log says so, once", () => count("database back") === 1);
-    expect([await statusOf(assert(url)), (await table.rows()).length]).toEqual([200, 2]);
-  },
-);
+scenario(disk, `a full disk: it signs, refuses assertions, heals${noLimit}`, async (table) => {
+  const { url, program, started } = launched(table.url);
+  table.users.push(program);
+  await started();
+  // No file may grow beyond one byte, or any size: so a write fails as it does on a full disk.
+  const limit = (size: string) =>
+    Bun.spawnSync(["prlimit", `--pid=${program.process.pid}`, `--fsize=${size}:`]);
+  const count = (name: string) => program.log.filter(({ event }) => event === name).length;
+  expect([await statusOf(assert(url)), await health(url)]).toEqual([200, "ok"]);
+  limit("1");
+  await becomes(url, "degraded");
+  await eventually("three polls have failed", () => count("database away") > 3);
+  expect([await statusOf(token(url)), await statusOf(assert(url))]).toEqual([200, 503]);
+  expect([count("database back"), await health(url)]).toEqual([0, "degraded"]);
+  limit("unlimited");
+  await becomes(url, "ok");
+  await eventually("the log says so, once", () => count("database back") === 1);
+  expect([await statusOf(assert(url)), (await table.rows()).length]).toEqual([200, 2]);
+});
 
 // --- PostgreSQL: starts that fail or wait --------------------------------------------------------
 
@@ -273,14 +261,11 @@ const away: [what: string, address: string, databaseWaitSeconds: number][] = [
   ["it refuses the password (28P01)", `127.0.0.1:${refusing.port}`, 30],
 ];
 for (const [what, address, databaseWaitSeconds] of away)
-  test.concurrent(
-    `instances, PostgreSQL: ${what} → one line that names it, exit code 1`,
-    async () => {
-      const url = `postgres://postgres:hidden@${address}/postgres`;
-      const said = await failure(launched(url, { databaseWaitSeconds }).program);
-      expect(said).toContain(address.includes(":") ? address : `${address}:5432`);
-    },
-  );
+  test.concurrent(`instances, PostgreSQL: ${what} → it is named, exit code 1`, async () => {
+    const url = `postgres://postgres:hidden@${address}/postgres`;
+    const said = await failure(launched(url, { databaseWaitSeconds }).program);
+    expect(said).toContain(address.includes(":") ? address : `${address}:5432`);
+  });
 
 test.concurrent.skipIf(noServer !== "")(
   `instances, PostgreSQL${noServer}: late, frozen, stopped, back`,
@@ -388,21 +373,17 @@ scenario(onPostgres, "a slow database: what is used once waits, or is refused", 
   expect(await statusOf(assert(url))).toBe(200);
 });
 
-scenario(
-  onPostgres,
-  "another program makes a table just now: a start tries again",
-  async (table) => {
-    const columns = "id TEXT PRIMARY KEY, expires_at BIGINT NOT NULL";
-    await table.change(`BEGIN; CREATE TABLE used_jtis (${columns})`);
-    const running = instance(table);
-    // Asked from elsewhere, for within a transaction the answer stays the same.
-    const waits = `SELECT 1 / count(*) FROM pg_stat_activity
+scenario(onPostgres, "another makes a table just now: a start tries again", async (table) => {
+  const columns = "id TEXT PRIMARY KEY, expires_at BIGINT NOT NULL";
+  await table.change(`BEGIN; CREATE TABLE used_jtis (${columns})`);
+  const running = instance(table);
+  // Asked from elsewhere, for within a transaction the answer stays the same.
+  const waits = `SELECT 1 / count(*) FROM pg_stat_activity
     WHERE wait_event_type = 'Lock' AND application_name = '${schemaOf(table)}'`;
-    await eventually("it waits", () => succeeds(postgresUrl!, waits));
-    await table.change("COMMIT");
-    expect(await health((await running).url)).toBe("ok");
-  },
-);
+  await eventually("it waits", () => succeeds(postgresUrl!, waits));
+  await table.change("COMMIT");
+  expect(await health((await running).url)).toBe("ok");
+});
 
 scenario(onPostgres, "a database that is not there → named at once", async (table) => {
   const url = new URL(table.url);

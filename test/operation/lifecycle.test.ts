@@ -111,38 +111,35 @@ describe("stopping", () => {
     ["idp", "SIGTERM"],
     ["api", "SIGINT"],
   ];
-  test.concurrent.each(underLoad)(
-    "%s.ts, %s under load → all answered and logged",
-    async (kind, signal) => {
-      const { program, url, requests } = await started(kind);
-      const statuses: [right: unknown[], wrong: unknown[]] = [[], []];
-      const work = async (first: number) => {
-        const connection = new Connection(url);
-        for (let turn = first; ; turn = 1 - turn) {
-          const { status, headers } = await connection.send(requests[turn]!);
-          statuses[turn]!.push(status);
-          if (status === 0 || headers.get("connection") === "close") return connection.close();
-        }
-      };
-      const working = [0, 1, 0, 1].map(work);
-      await eventually("there are answers", () => statuses.flat().length > 20);
-      program.process.kill(signal);
-      await Promise.all(working);
-      expect(await program.ended()).toBe(0);
-      expect(statuses.map((all) => [...new Set(all)])).toEqual([[200], [401]]);
-      // `log` parses the lines, so that each is whole.
-      const [accepted, refused] = statuses.map((all) => all.length) as [number, number];
-      const expected = {
-        idp: { "key made": 2, "token issued": accepted, "token refused": refused },
-        api: { "call refused": refused },
-      }[kind];
-      const logged = Map.groupBy(program.log, ({ event }) => event);
-      const counts = [...logged].map(([event, lines]) => [event, lines.length]);
-      expect(Object.fromEntries(counts)).toEqual(expected);
-      expect(program.stdout.split("\n").length - 1).toBe(program.log.length);
-      expect(program.stderr).toBe(`${kind === "idp" ? "authorization server" : "API"}: ${url}\n`);
-    },
-  );
+  test.concurrent.each(underLoad)("%s.ts, %s under load → all answered", async (kind, signal) => {
+    const { program, url, requests } = await started(kind);
+    const statuses: [right: unknown[], wrong: unknown[]] = [[], []];
+    const work = async (first: number) => {
+      const connection = new Connection(url);
+      for (let turn = first; ; turn = 1 - turn) {
+        const { status, headers } = await connection.send(requests[turn]!);
+        statuses[turn]!.push(status);
+        if (status === 0 || headers.get("connection") === "close") return connection.close();
+      }
+    };
+    const working = [0, 1, 0, 1].map(work);
+    await eventually("there are answers", () => statuses.flat().length > 20);
+    program.process.kill(signal);
+    await Promise.all(working);
+    expect(await program.ended()).toBe(0);
+    expect(statuses.map((all) => [...new Set(all)])).toEqual([[200], [401]]);
+    // `log` parses the lines, so that each is whole.
+    const [accepted, refused] = statuses.map((all) => all.length) as [number, number];
+    const expected = {
+      idp: { "key made": 2, "token issued": accepted, "token refused": refused },
+      api: { "call refused": refused },
+    }[kind];
+    const logged = Map.groupBy(program.log, ({ event }) => event);
+    const counts = [...logged].map(([event, lines]) => [event, lines.length]);
+    expect(Object.fromEntries(counts)).toEqual(expected);
+    expect(program.stdout.split("\n").length - 1).toBe(program.log.length);
+    expect(program.stderr).toBe(`${kind === "idp" ? "authorization server" : "API"}: ${url}\n`);
+  });
 
   const ask = (body: object) => ({ method: "POST", body: new URLSearchParams({ ...body }) });
   const documents: Record<Kind, [path: string, init: BunFetchRequestInit, status: number][]> = {
@@ -167,32 +164,29 @@ describe("stopping", () => {
     ["api", "SIGINT", "SIGTERM"],
   ];
   // It drains: /health is 503 and every answer closes its connection. A second signal ends it.
-  test.concurrent.each(twice)(
-    "%s.ts, %s → it drains; %s → exit code 1",
-    async (kind, ...signals) => {
-      const { program, url, token } = await started(kind, 600);
-      const headers = { authorization: `Bearer ${token}` };
-      if (kind === "api") expect((await send(`${url}/identity`, { headers })).status).toBe(200);
-      const health = async () => await send(`${url}/health`);
-      const requireAnswers = async (closes: boolean) => {
-        for (const [path, init, status] of documents[kind]) {
-          const answer = await send(url + path, init);
-          const isClosed = answer.headers.get("connection") === "close";
-          expect([path, answer.status, isClosed]).toEqual([path, status, closes]);
-        }
-      };
-      await requireAnswers(false);
-      expect(await health()).toMatchObject({ status: 200, json: { status: "ok" } });
-      program.process.kill(signals[0]);
-      await eventually("it drains", async () => (await health()).status === 503);
-      const draining = await health();
-      const fields = ["cache-control", "connection"].map((name) => draining.headers.get(name));
-      expect([draining.json, ...fields]).toEqual([{ status: "unavailable" }, "no-store", "close"]);
-      await requireAnswers(true);
-      program.process.kill(signals[1]);
-      expect([await program.ended(), program.process.signalCode]).toEqual([1, null]);
-    },
-  );
+  test.concurrent.each(twice)("%s.ts, %s → drains; %s → exit code 1", async (kind, ...signals) => {
+    const { program, url, token } = await started(kind, 600);
+    const headers = { authorization: `Bearer ${token}` };
+    if (kind === "api") expect((await send(`${url}/identity`, { headers })).status).toBe(200);
+    const health = async () => await send(`${url}/health`);
+    const requireAnswers = async (closes: boolean) => {
+      for (const [path, init, status] of documents[kind]) {
+        const answer = await send(url + path, init);
+        const isClosed = answer.headers.get("connection") === "close";
+        expect([path, answer.status, isClosed]).toEqual([path, status, closes]);
+      }
+    };
+    await requireAnswers(false);
+    expect(await health()).toMatchObject({ status: 200, json: { status: "ok" } });
+    program.process.kill(signals[0]);
+    await eventually("it drains", async () => (await health()).status === 503);
+    const draining = await health();
+    const fields = ["cache-control", "connection"].map((name) => draining.headers.get(name));
+    expect([draining.json, ...fields]).toEqual([{ status: "unavailable" }, "no-store", "close"]);
+    await requireAnswers(true);
+    program.process.kill(signals[1]);
+    expect([await program.ended(), program.process.signalCode]).toEqual([1, null]);
+  });
 
   test.concurrent("a log that never arrives, or fails, keeps no server from stopping", async () => {
     const late = () => Promise.withResolvers().promise;
@@ -394,21 +388,18 @@ describe("what the log tells of a request", async () => {
     ["scope of a token", (scope) => callWith({ scope })],
     ["client_id of a token", (client_id) => callWith({ client_id, scope: "other" })],
   ];
-  test.each(carriers)(
-    "%s forges nothing: one line, bounded, that moves no cursor",
-    async (_, request) => {
-      for (const text of hostile) {
-        lines.length = 0;
-        await request(`begin${text}`);
-        expect(lines.length).toBe(1);
-        expect(lines[0]).toMatch(/^[^\0-\x1F\x7F-\x9F\u2000-\u206F]{10,5000}\n$/);
-        const entry = JSON.parse(lines[0]!);
-        expect(Object.keys(entry)).not.toContain("b");
-        expect(entry.event).toMatch(/^(token|call) refused$/);
-        expect(lines[0]).toContain("begin"); // it did get there
-      }
-    },
-  );
+  test.each(carriers)("%s forges nothing: one bounded, harmless line", async (_, request) => {
+    for (const text of hostile) {
+      lines.length = 0;
+      await request(`begin${text}`);
+      expect(lines.length).toBe(1);
+      expect(lines[0]).toMatch(/^[^\0-\x1F\x7F-\x9F\u2000-\u206F]{10,5000}\n$/);
+      const entry = JSON.parse(lines[0]!);
+      expect(Object.keys(entry)).not.toContain("b");
+      expect(entry.event).toMatch(/^(token|call) refused$/);
+      expect(lines[0]).toContain("begin"); // it did get there
+    }
+  });
 });
 
 // --- Unexpected failures -------------------------------------------------------------------------

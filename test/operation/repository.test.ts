@@ -73,7 +73,7 @@ describe("size", () => {
     sum(names.map((name) => read(`test/${name}`).split("\n").length - 1));
 
   test("at most 8,000 lines of tests, at most 3,500 of them for conformance", () => {
-    expect(linesIn(tests)).toBeLessThanOrEqual(8_000);
+    expect(linesIn([...tests, "README.md"])).toBeLessThanOrEqual(8_000);
     const conformance = tests.filter((name) => name.startsWith("conformance/"));
     expect(conformance.length).toBeGreaterThan(5);
     expect(linesIn(conformance)).toBeLessThanOrEqual(3_500);

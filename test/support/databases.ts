@@ -9,8 +9,8 @@ import { dirname, join } from "node:path";
 import { temporaryDirectory } from "./programs.ts";
 
 /** Waits for what must become true. Rejects after twenty seconds, and says what did not. */
-export async function eventually(what: string, holds: () => unknown): Promise<void> {
-  const deadline = performance.now() + 20_000;
+export async function eventually(what: string, holds: () => unknown, seconds = 20): Promise<void> {
+  const deadline = performance.now() + seconds * 1000;
   while (!(await holds())) {
     if (performance.now() > deadline) throw new Error(`waited in vain until ${what}`);
     await Bun.sleep(5);
