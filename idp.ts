@@ -543,11 +543,7 @@ class KeyStore {
         await Bun.sleep(50);
       }
     }
-    // One poll at a time: one that is late must not bring back what a newer one has replaced.
-    const poll = () => {
-      this.#polling ??= this.#poll().finally(() => (this.#polling = undefined));
-    };
-    this.#timer = setInterval(poll, signingKeys.pollSeconds * 1000);
+    this.#timer = setInterval(() => this.#poll(), signingKeys.pollSeconds * 1000);
   }
 
   async #prepare(): Promise<void> {
@@ -565,7 +561,12 @@ class KeyStore {
     await probe.catch(() => inTime(this.#sql.unsafe(tables)));
   }
 
-  async #poll(): Promise<void> {
+  /** One at a time: a poll that is late must not bring back what a newer one has replaced. */
+  #poll(): void {
+    this.#polling ??= this.#refreshOrReconnect().finally(() => (this.#polling = undefined));
+  }
+
+  async #refreshOrReconnect(): Promise<void> {
     try {
       await this.#refresh();
     } catch (error) {
