@@ -247,7 +247,7 @@ describe("config.ts", () => {
     ["clients: : client_id", "clients.1.client_id", [""]],
   ];
   const ofClient: Rows = [
-    ["starts", "", [billing, keyed, { ...keyed, jwks: undefined, jwks_uri }]],
+    ["starts", "", [billing, keyed, { ...keyed, jwks: undefined, jwks_uri: `${jwks_uri}?a` }]],
 
     ["starts", ".client_secrets.0.expires_at", [1, 99_999_999_999]],
 

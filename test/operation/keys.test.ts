@@ -317,7 +317,7 @@ for (const { engine, make, isMissing } of engines) {
       await table.change(change(1, assignment(second)));
       const [damaged] = (await table.rows()) as [Row];
       const said = await refusal(table, { secret: words });
-      for (const word of [damaged.kid, "KEY_ENCRYPTION_SECRET"]) expect(said).toContain(word);
+      expect(said).toStartWith(`The signing key ${damaged.kid} cannot be opened. Add the secret`);
       await instance.poll();
       expect(await instance.signs()).toBe(second.kid);
       const rows = await table.rows();
@@ -514,10 +514,11 @@ test("SQLite: a key that is revoked, removed or sealed is gone from the files", 
   for (const seconds of [899, 900]) await poll(second.removed_at + seconds);
   const left = await table.rows();
   expect(kids(left)).not.toContain(second.kid);
+  await eventually("the removed key is gone", () => holding(table, second).length === 0);
   await running.stop();
   const sealing = await start(table, { at: clock.now, secret: `${newSecret()},none` });
   expect((await table.rows()).map(isClear)).not.toContain(true);
-  for (const row of [second, ...left]) expect(holding(table, row)).toEqual([]);
+  for (const row of left) expect(holding(table, row)).toEqual([]);
   expect(await sealing.publishes()).toEqual(kids(left));
   await table.close();
 });
