@@ -173,6 +173,14 @@ describe("ISSUER, API_URL, and where to listen", () => {
     }
   });
 
+  test.each([80, 443])("without a port it is %s, as the scheme says", async (port) => {
+    const issuer = port === 80 ? "http://127.0.0.1" : "https://127.0.0.1";
+    const first = await idp({ issuer, tls: inFile(makePem()) }).catch(() => undefined);
+    const reason = await outcome(idp({ issuer, tls: inFile(makePem()) })); // in use, or denied
+    expect(reason).toMatch(new RegExp(`\\b${port}\\b`));
+    await first?.stop();
+  });
+
   const wrong: ["idp" | "api", env: Record<string, string>, said: RegExp][] = [
     ["idp", { ISSUER: "https://a.example/\r\n\t" }, /^ISSUER .*Write https:\/\/a\.example\.$/],
     ["api", { API_URL: "https://a.example" }, /TLS_CERT and TLS_KEY, or API_LISTEN behind a proxy/],
@@ -229,7 +237,6 @@ describe("config.ts", () => {
   const ofServer: Rows = [
     ["starts", "signingKeys.rotationSeconds", [caches + 1]],
     ["starts", "signingKeys.maxAgeSeconds", [0.01]],
-
     ["starts", "scopes.0.resource", ["urn:example:api", `${resource}/v1?a`]],
 
     ["DATABASE_URL", "databaseUrl", ["mysql://a:hunter2@127.0.0.1/b", "file:keys.db"]],
@@ -248,9 +255,7 @@ describe("config.ts", () => {
   ];
   const ofClient: Rows = [
     ["starts", "", [billing, keyed, { ...keyed, jwks: undefined, jwks_uri: `${jwks_uri}?a` }]],
-
     ["starts", ".client_secrets.0.expires_at", [1, 99_999_999_999]],
-
     ["starts", `.${lifetime}`, [1, 1_209_600]],
 
     ["scope", ".scope", ["api2", "api1 api2", "", "api1  api1"]],
