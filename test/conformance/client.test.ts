@@ -712,7 +712,7 @@ describe("bun run client.ts", () => {
     ["RFC 6749 §5.2 401", /401 invalid_client.*SECRET/, { token: code("invalid_client", 401) }],
     ["RFC 6750 §3.1 403", /identity: 403 insufficient_scope.*SCOPE/, { api: insufficient }],
     ["RFC 9700 §4.12 a redirect", /identity: 302/, { api: () => plain("", 302, { location }) }],
-    ["no JSON", /identity: 200/, { api: () => plain("\u001b[2J") }],
+    ["no JSON", /identity: 200 .*JSON/, { api: () => plain("\u001b[2J") }],
     ["control", /identity: 401 \\u009b2J/, { api: () => challenge('Bearer error="\u009b2J"') }],
   ];
 

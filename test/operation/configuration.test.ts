@@ -238,7 +238,6 @@ describe("config.ts", () => {
     ["starts", "signingKeys.rotationSeconds", [caches + 1]],
     ["starts", "signingKeys.maxAgeSeconds", [0.01]],
     ["starts", "scopes.0.resource", ["urn:example:api", `${resource}/v1?a`]],
-
     ["DATABASE_URL", "databaseUrl", ["mysql://a:hunter2@127.0.0.1/b", "file:keys.db"]],
     ["DATABASE_URL", "databaseUrl", ["keys/keys.db", "sqlite:", "xsqlite:a"]],
     ["KEY_ENCRYPTION_SECRET", "keyEncryptionSecret", [secretOf(31), secretOf(33), `${good},a`]],
@@ -257,7 +256,6 @@ describe("config.ts", () => {
     ["starts", "", [billing, keyed, { ...keyed, jwks: undefined, jwks_uri: `${jwks_uri}?a` }]],
     ["starts", ".client_secrets.0.expires_at", [1, 99_999_999_999]],
     ["starts", `.${lifetime}`, [1, 1_209_600]],
-
     ["scope", ".scope", ["api2", "api1 api2", "", "api1  api1"]],
     ["client_secrets: ", ".client_secrets.0.sha256", [...hashes, `A${sha256}`, `${sha256}=`]],
     ["client_secrets: ", ".client_secrets.1", [{ sha256: "" }]],

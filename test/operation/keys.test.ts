@@ -141,8 +141,9 @@ const touches: [what: string, day: number, statement: string, shown: string][] =
 
 /** A key that nobody here made, with members that are not known to be public. */
 const foreign = JSON.stringify({ ...robot.privateJwk, note: "mine", oth: [], ext: true });
-/** What becomes of the first row; the secret of the instance. */
-const damages: [what: string, secret: string, assignment: (second: Row) => string][] = [
+/** What becomes of the first row; the secret of the instance; what its log says of the row. */
+type Damage = [what: string, secret: string, assignment: (second: Row) => string, reason?: string];
+const damages: Damage[] = [
   ["holds no JSON", "", () => "jwk = '{garbled'"],
   ["holds no key", "", () => "jwk = '{}'"],
   ["holds another key", "", () => `jwk = '${foreign}'`],
@@ -156,7 +157,7 @@ const damages: [what: string, secret: string, assignment: (second: Row) => strin
   ["was sealed, and has another kid", secret, () => "kid = 'another'"],
   ["was sealed, and holds another", secret, ({ jwk }) => `jwk = '${jwk}'`],
   ["was sealed, and is another", secret, ({ jwk, kid }) => `jwk = '${jwk}', kid = '${kid}'`],
-  ["is in clear, though others are sealed", secret, () => `jwk = '${foreign}'`],
+  ["is in clear, though others are sealed", secret, () => `jwk = '${foreign}'`, "none"],
 ];
 
 for (const { engine, make, isMissing } of engines) {
@@ -311,20 +312,21 @@ for (const { engine, make, isMissing } of engines) {
     });
 
   // How a row is opened has nothing to do with the engine.
-  for (const [what, words, assignment] of engine === "SQLite" ? damages : damages.slice(0, 1))
+  for (const [what, words, assignment, why] of engine === "SQLite" ? damages : damages.slice(0, 1))
     scenario(`a row ${what}: it is reported and passed over, at a start fatal`, async (table) => {
       const { instance, first, second } = await begin(table, { secret: words, polls: true });
       await table.change(change(1, assignment(second)));
       const [damaged] = (await table.rows()) as [Row];
       const said = await refusal(table, { secret: words });
-      expect(said).toStartWith(`The signing key ${damaged.kid} cannot be opened. Add the secret`);
+      expect(said).toStartWith(`The signing key ${damaged.kid} cannot be opened. `);
       await instance.poll();
       expect(await instance.signs()).toBe(second.kid);
       const rows = await table.rows();
       expect(rows.slice(0, 2)).toEqual([damaged, second]);
       expect(periods(rows.slice(2))).toBe("3: 180-270");
       expect(await instance.publishes()).toEqual(kids(rows.slice(1)));
-      expect(instance.logged("key skipped")).toContain(damaged.kid);
+      const line = { kid: damaged.kid, reason: expect.stringContaining(why ?? "") };
+      expect(instance.running.lines).toContainEqual(expect.objectContaining(line));
       await table.change(remove(1));
       await table.sql`INSERT INTO signing_keys ${table.sql(first)}`;
       await instance.poll();
