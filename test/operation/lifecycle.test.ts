@@ -423,13 +423,11 @@ describe("an unexpected failure → a constant 500, the cause in the log alone, 
     const before = server.lines.length;
     isBroken = true;
     const { status, text, headers } = await send(server.url + path, init);
-    const fields = ["cache-control", "pragma"].map((name) => headers.get(name));
     expect([status, text]).toEqual([500, "Internal Server Error"]);
-    expect(fields).toEqual(["no-store", "no-cache"]);
-    const reason = expect.stringContaining(cause);
+    expect([headers.get("cache-control"), headers.get("pragma")]).toEqual(["no-store", "no-cache"]);
     const lines = server.lines.slice(before);
     expect(lines.map(({ event }) => event)).toEqual(["failure"]);
-    expect(lines[0]!["reason"]).toEqual(reason);
+    expect(lines[0]!["reason"]).toContain(cause);
     expect(lines[0]!["reason"].length).toBeLessThanOrEqual(2_000);
     isBroken = false;
     expect((await send(server.url + path, init)).status).not.toBe(500);
