@@ -21,7 +21,7 @@ export type TokenResponse = Members & { access_token: string; token_type: string
 // --- Discover, request, call ---------------------------------------------------------------------
 
 /** Discovers, requests a token, calls the API; prints what came back. Rejects if a step fails. */
-export async function run(settings: Settings = config.client): Promise<void> {
+async function run(settings: Settings): Promise<void> {
   const tokens = new TokenSource(settings);
   console.error(`Requesting a token for ${settings.client_id} from ${settings.issuer}`);
   const response = await tokens.accessToken();
@@ -358,5 +358,5 @@ if (import.meta.main) {
   config.requireBunVersion();
   const { issuer, resource } = config.client;
   if (process.argv.includes("--wait")) await Promise.all([issuer, resource].map(untilUp));
-  await (process.argv.includes("--new-key") ? makeKey() : run()).catch(config.fail);
+  await (process.argv.includes("--new-key") ? makeKey() : run(config.client)).catch(config.fail);
 }
