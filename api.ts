@@ -147,7 +147,7 @@ class ResourceServer {
     log("call refused", { ...refusal.details, error: code, reason: refusal.message });
     const [status, text] = errors[code];
     const headers = new Headers({ "cache-control": "no-store" });
-    if (status === 503) headers.set("retry-after", String(this.settings.coolDownSeconds));
+    if (status === 503) headers.set("retry-after", `${Math.ceil(this.settings.coolDownSeconds)}`);
     else headers.set("www-authenticate", challenges(this.settings, refusal, request));
     return new Response(text, { status, headers });
   };
@@ -193,7 +193,7 @@ async function validateToken(settings: Settings, keys: IssuerKeys, jwt: string):
 
 /** Other issuers send a list where RFC 9068 §2.2.3 has a string. */
 function hasScope(granted: unknown, scope: string): boolean {
-  return (config.isText(granted) ? granted.split(" ") : [granted].flat()).includes(scope);
+  return (config.isText(granted) ? granted.split(" ") : [granted ?? []].flat()).includes(scope);
 }
 
 /** A remembered token is used for many calls: what a handler writes must not reach the next one. */
@@ -210,12 +210,13 @@ function deepFreeze<T>(value: T): T {
  */
 async function verifyProof(settings: Settings, request: Request, claims: Claims): Promise<string> {
   const code = "invalid_dpop_proof";
-  const refuseUnless = (holds: unknown, reason: string) =>
-    check(holds, code, reason, { client_id: claims.client_id });
+  const details = { client_id: claims.client_id };
+  const refuseUnless = (holds: unknown, reason: string) => check(holds, code, reason, details);
   const proof = request.headers.get("dpop") ?? "";
   const rules = { ...config.jwtRules(settings), ...config.proofRules };
   const verifying = jose.jwtVerify(proof, jose.EmbeddedJWK, rules);
-  const { payload, protectedHeader } = await verifying.catch(refuseAs(code, "The DPoP proof"));
+  const refuseProof = refuseAs(code, "The DPoP proof", details);
+  const { payload, protectedHeader } = await verifying.catch(refuseProof);
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, jti, ath } = payload;
   refuseUnless(!crit, "The DPoP proof has a crit header.");
@@ -292,12 +293,12 @@ class IssuerKeys extends config.PublicKeys {
   }
 }
 
-async function fetchIssuerKeys({ issuer, tls }: Settings, signal: AbortSignal): Promise<unknown> {
+async function fetchIssuerKeys({ issuer, tls }: Settings, signal: AbortSignal) {
   const metadata = await config.fetchJson(config.metadataUrl(issuer), signal, tls);
   const { issuer: named, jwks_uri } = metadata;
   // RFC 8414 §3.3: the issuer in the metadata MUST be identical to the one that was asked.
   if (named !== issuer) throw new Error(`The metadata is of issuer ${named}, not ${issuer}.`);
-  return (await config.fetchJson(String(jwks_uri), signal, tls))["keys"];
+  return await config.fetchJwkSet(String(jwks_uri), signal, tls);
 }
 
 // --- Metadata and challenges ---------------------------------------------------------------------

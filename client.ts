@@ -13,10 +13,9 @@ import * as jose from "jose";
 import * as config from "./config.ts";
 
 type Settings = config.ClientSettings;
-type Members = Record<string, unknown>;
 
 /** RFC 6749 §5.1, as far as a call needs it; `expires_in` in seconds. */
-export type TokenResponse = Members & { access_token: string; token_type: string };
+export type TokenResponse = config.Members & { access_token: string; token_type: string };
 
 // --- Discover, request, call ---------------------------------------------------------------------
 
@@ -55,7 +54,9 @@ async function discoverTokenEndpoint(settings: Settings): Promise<string> {
   const { token_endpoint: endpoint } = metadata;
   // Choice: the secret goes there, so it must be on the origin of the issuer.
   const { origin } = new URL(issuer);
-  const isOwn = config.isText(endpoint) && URL.parse(endpoint)?.origin === origin;
+  const url = config.isText(endpoint) ? URL.parse(endpoint)?.href : undefined;
+  // RFC 6749 §3.2: the endpoint has no fragment.
+  const isOwn = url?.startsWith(`${origin}/`) && !url.includes("#");
   step.require(isOwn, metadata, "token_endpoint", `a URL of ${origin}`);
   return String(endpoint);
 }
@@ -147,7 +148,7 @@ export class TokenSource {
     return response;
   }
 
-  async #post(step: Step): Promise<Members> {
+  async #post(step: Step): Promise<config.Members> {
     const headers = new Headers();
     const grant = { grant_type: "client_credentials", scope: this.#settings.scope };
     const body = new URLSearchParams(grant);
@@ -158,16 +159,15 @@ export class TokenSource {
 }
 
 /** What a token response must have to be used. */
-function checkedResponse(step: Step, members: Members, dpop: boolean): TokenResponse {
-  const { access_token, token_type, expires_in } = members;
+function checkedResponse(step: Step, members: config.Members, dpop: boolean): TokenResponse {
+  const { access_token, token_type, expires_in = 1 } = members; // expires_in may be absent
   // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
   const type = dpop ? "DPoP" : "Bearer";
   const isType = config.isText(token_type) && token_type.toLowerCase() === type.toLowerCase();
   step.require(isType, members, "token_type", type);
   const isToken = config.isText(access_token) && /^[\w.~+/-]+=*$/.test(access_token);
   step.require(isToken, members, "access_token", "text as RFC 6750 §2.1 has it");
-  const isNumber = typeof expires_in === "number" && expires_in > 0;
-  const isLifetime = isNumber || expires_in === undefined;
+  const isLifetime = Number.isFinite(expires_in) && Number(expires_in) > 0;
   step.require(isLifetime, members, "expires_in", "a number of seconds over 0");
   return members as TokenResponse;
 }
@@ -278,7 +278,7 @@ class Step {
   }
 
   /** Sends a request whose answer must be short, and come within 10 s. */
-  async ask(init: RequestInit, prover?: Prover): Promise<Members> {
+  async ask(init: RequestInit, prover?: Prover): Promise<config.Members> {
     const bounded = { ...init, signal: AbortSignal.timeout(10_000) };
     const sending = config.boundedFetch(this.url, bounded, this.settings.tls);
     const answer = await sending.catch((error) => this.unanswered(error));
@@ -297,10 +297,10 @@ class Step {
    * The JSON object or list of a 200 (RFC 6749 §5.1, RFC 8414 §3.2). Rejects with the error of any
    * other answer.
    */
-  async membersOf(answer: Response): Promise<Members> {
+  async membersOf(answer: Response): Promise<config.Members> {
     const { status } = answer;
     const document: unknown = await answer.json().catch(() => undefined);
-    const members = Object(document) as Members;
+    const members = Object(document) as config.Members;
     if (status === 200 && document === members) return members;
     if (status === 200) throw new StepError(this, "200 The answer is no JSON object");
     const { error, error_description: description } = members;
@@ -310,7 +310,7 @@ class Step {
   }
 
   /** Throws unless a member of an answer is right. The token itself is never shown. */
-  require(isRight: boolean, members: Members, name: string, wanted: string): void {
+  require(isRight: unknown, members: config.Members, name: string, wanted: string): void {
     if (isRight) return;
     const shown = name === "access_token" ? "not usable" : JSON.stringify(members[name]);
     throw new StepError(this, `${name} is ${shown}, and must be ${wanted}`, name);

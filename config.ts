@@ -168,7 +168,7 @@ export const secondsAt = (clock: () => number) => Math.floor(clock() / 1000);
 export const sha256 = (text: string, encoding: "base64" | "base64url"): string =>
   Bun.SHA256.hash(text, encoding);
 
-type Members = Record<string, unknown>;
+export type Members = Record<string, unknown>;
 
 /**
  * Why a request is turned away. The code names a row in the server's own table of errors; the
@@ -186,10 +186,10 @@ export class Refusal<Code extends string = string> extends Error {
 }
 
 /** For a step that can fail: makes what jose or a decoder throws a refusal with this code. */
-export function refuseAs<Code extends string>(code: Code, thing: string) {
+export function refuseAs<Code extends string>(code: Code, thing: string, details?: Members) {
   return (error: unknown): never => {
     if (error instanceof Refusal) throw error;
-    throw new Refusal(code, `${thing} is not valid: ${reasonOf(error)}.`);
+    throw new Refusal(code, `${thing} is not valid: ${reasonOf(error)}.`, details);
   };
 }
 
@@ -198,8 +198,8 @@ export function reasonOf(error: unknown): string {
   const { JWTClaimValidationFailed, JWTExpired } = jose.errors;
   if (!(error instanceof JWTClaimValidationFailed || error instanceof JWTExpired))
     return String(error instanceof Error ? error.message : error).slice(0, 2_000);
-  const value = JSON.stringify(error.payload[error.claim]) ?? "absent";
-  return `${error.message}; it is ${value.slice(0, 200)}`;
+  const value = JSON.stringify(error.payload[error.claim]);
+  return value ? `${error.message}; it is ${value.slice(0, 200)}` : error.message;
 }
 
 type JwtSettings = Pick<ResourceServerSettings, "acceptedAlgorithms" | "clock">;
@@ -363,9 +363,20 @@ export async function fetchJson(url: string, signal: AbortSignal, files: TlsFile
   return Object(await response.json()) as Members;
 }
 
+/**
+ * The keys of a JWK Set (RFC 7517 §5). Unknown kinds of keys are ignored. An empty set is an
+ * answer, and withdraws all keys; one with nothing usable in it is a failure.
+ */
+export async function fetchJwkSet(url: string, signal: AbortSignal, files: TlsFiles) {
+  const { keys } = await fetchJson(url, signal, files);
+  if (!Array.isArray(keys)) throw new Error("The JWK Set has no list of keys.");
+  const usable: jose.JWK[] = keys.filter((k) => ["EC", "RSA", "OKP", "AKP"].includes(k?.kty));
+  if (keys.length > 0 && usable.length === 0) throw new Error("The JWK Set has no usable key.");
+  return usable;
+}
+
 interface KeyRules {
-  /** Resolves with the `keys` of a JWK Set. */
-  fetchKeys: (signal: AbortSignal) => Promise<unknown>;
+  fetchKeys: (signal: AbortSignal) => Promise<jose.JWK[]>;
   coolDownSeconds: number;
   /** A use of older keys waits for new ones. If there are none, the old ones are used. */
   maxAgeSeconds: number;
@@ -433,7 +444,7 @@ export class PublicKeys {
     const { fetchKeys, clock } = this.#rules;
     this.#isTrying = true;
     try {
-      const keys = usableKeys(await fetchKeys(AbortSignal.timeout(5_000)));
+      const keys = await fetchKeys(AbortSignal.timeout(5_000));
       this.#fetchedAt = clock();
       if (Bun.deepEquals(keys, this.keys)) return;
       this.#choose = jose.createLocalJWKSet({ keys });
@@ -447,14 +458,6 @@ export class PublicKeys {
       this.#triedAt = clock();
     }
   }
-}
-
-/** RFC 7517 §5: unknown kinds of keys are ignored. An empty set is an answer, junk is none. */
-function usableKeys(keys: unknown): jose.JWK[] {
-  if (!Array.isArray(keys)) throw new Error("The JWK Set has no list of keys.");
-  const usable = keys.filter((jwk) => ["EC", "RSA", "OKP", "AKP"].includes(jwk?.kty));
-  if (keys.length > 0 && usable.length === 0) throw new Error("The JWK Set has no usable key.");
-  return usable;
 }
 
 // --- Plumbing: answering, stopping, logging ------------------------------------------------------

@@ -178,9 +178,7 @@ async function parseForm(request: Request): Promise<Form> {
   const mediaType = contentType.split(";")[0]?.trim().toLowerCase();
   const reason = `The content type is ${contentType.slice(0, 100)}.`;
   check(mediaType === "application/x-www-form-urlencoded", "not_a_form", reason);
-  const body = await request.text();
-  // text() puts this character for bytes that are not UTF-8.
-  check(!body.includes("\uFFFD"), "invalid_request", "The body is not UTF-8.");
+  const body = utf8.decode(await request.bytes());
   const form: Form = new Map();
   for (const pair of body.split("&")) {
     const [name, value] = splitOnce(pair, "=").map(formDecode);
@@ -256,7 +254,7 @@ async function basicCredentials(authorization: string): Promise<Credentials> {
   const [id, raw] = splitOnce(pair, ":");
   const client_id = formDecode(id);
   check(client_id, "invalid_client", "The client_id in Basic is empty or malformed.");
-  // A malformed secret becomes an empty one, which is right for nobody.
+  // A malformed secret becomes an empty one, which verifySecret refuses.
   return { kind: "secret", client_id, secret: formDecode(raw) ?? "", raw };
 }
 
@@ -299,7 +297,8 @@ function verifySecret(settings: Settings, client: Client | undefined, { secret, 
   };
   const found = equalTo(secret);
   const now = config.secondsAt(settings.clock);
-  if (found.some(({ expires_at = Infinity }) => expires_at > now)) return;
+  // An empty secret is right for nobody, even if somebody registered its hash.
+  if (secret && found.some(({ expires_at = Infinity }) => expires_at > now)) return;
   const isRaw = equalTo(raw).length > 0;
   check(client, "invalid_client", "The client is unknown.");
   check(found.length === 0, "invalid_client", "The secret has expired.");
@@ -762,8 +761,9 @@ class Sealing {
     const secrets = words.filter((word) => word !== "none");
     this.#secrets = secrets.map((word) => Buffer.from(word, "base64url"));
     this.#readsClear = secrets.length === 0 || words.includes("none");
-    const areLong = this.#secrets.every(({ length }) => length === 32);
-    mustHold(areLong, "KEY_ENCRYPTION_SECRET must be 32 bytes in base64url");
+    // A comma alone is what is left of a list of variables that are not set.
+    const areGood = this.#secrets.every(({ length }) => length === 32) && (words[0] || !setting);
+    mustHold(areGood, "KEY_ENCRYPTION_SECRET must be 32 bytes in base64url");
   }
 
   /** The JWK of a row, sealed with the first secret if there is one. */
@@ -877,7 +877,7 @@ function readyClient(client: config.ClientRegistration, settings: Settings): Cli
   const resources = new Map(scopes.map((entry) => [entry.scope, entry.resource]));
   const scopesAt = Map.groupBy(scope.split(" "), (name) => resources.get(name) ?? "");
   const fetchKeys = async (signal: AbortSignal) =>
-    jwks_uri ? (await config.fetchJson(jwks_uri, signal, tls))["keys"] : (jwks?.keys ?? []);
+    jwks_uri ? await config.fetchJwkSet(jwks_uri, signal, tls) : (jwks?.keys ?? []);
   const { refreshSeconds, coolDownSeconds } = signingKeys;
   const ages = { coolDownSeconds, maxAgeSeconds: refreshSeconds, keepSeconds: 86_400 };
   return { ...client, scopesAt, publicKeys: new config.PublicKeys({ fetchKeys, ...ages, clock }) };

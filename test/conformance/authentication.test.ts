@@ -28,7 +28,7 @@ const registration = (client_id: string, ...client_secrets: ReturnType<typeof st
   return { ...client!, client_id, client_secrets };
 };
 const clients: ClientRegistration[] = [
-  registration("client", stored(secret)),
+  registration("client", stored(secret), stored("")),
   registration("several", stored("1st word"), stored("2nd word", now + 1), stored("3rd word", now)),
   registration("renewed", stored("same", now), stored("same"), stored("same", now)),
   registration(oddId, stored(oddSecret)),

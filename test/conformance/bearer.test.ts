@@ -339,12 +339,9 @@ test("GET metadata, RFC 9728 §2 → 200, and they are where the challenge says"
 test("GET metadata, RFC 9728 §2 other settings → what is told, and what counts", async () => {
   const settings = { resource_name: "Orders", scope: "orders", acceptedAlgorithms: ["RS256"] };
   const { url } = await startApi(iss, { ...settings, clock });
-  expect((await send(`${url}/.well-known/oauth-protected-resource`)).json).toMatchObject({
-    resource: url,
-    resource_name: "Orders",
-    scopes_supported: ["orders"],
-    dpop_signing_alg_values_supported: ["RS256"],
-  });
+  const { json } = await send(`${url}/.well-known/oauth-protected-resource`);
+  const told = { resource: url, resource_name: "Orders", scopes_supported: ["orders"] };
+  expect(json).toMatchObject({ ...told, dpop_signing_alg_values_supported: ["RS256"] });
   const asked = async (claims: Members, by?: Key) => {
     const answer = await bearer(token({ aud: url, ...claims }, {}, by), `${url}/identity`);
     const { error, scope } = challenges(answer)["bearer"] ?? {};
@@ -353,6 +350,9 @@ test("GET metadata, RFC 9728 §2 other settings → what is told, and what count
   expect(await asked({})).toEqual([401, "invalid_token", undefined, "RS256"]);
   expect(await asked({}, rsa)).toEqual([403, "insufficient_scope", "orders", "RS256"]);
   expect(await asked({ scope: "orders" }, rsa)).toEqual([200, undefined, undefined, undefined]);
+  const unset = await startApi(iss, { scope: undefined!, clock });
+  const unlimited = token({ aud: unset.url, scope: undefined });
+  expect((await bearer(unlimited, `${unset.url}/identity`)).status).toBe(403);
 });
 
 test("an API with a path, RFC 9728 §3.1 → routes, metadata, aud and htu have it", async () => {
@@ -652,13 +652,13 @@ describe("the keys of the issuer", () => {
   const down = () => new Response("", { status: 500 });
 
   test("RFC 9110 §10.2.3 no keys → 503, and one fetch in a cool-down", async () => {
-    const { issuer, time, ask, unknown, fetches } = await trial({ coolDownSeconds: 7 });
+    const { issuer, time, ask, unknown, fetches } = await trial({ coolDownSeconds: 6.5 });
     issuer.answer = down;
     expect(fetches()).toBe(0);
     for (const next of [ask, unknown, ask]) expectUnavailable(await next(), "7");
     expect(fetches()).toBe(1);
     issuer.answer = undefined;
-    time.ms += 6_999;
+    time.ms += 6_499;
     expectUnavailable(await ask(), "7");
     time.ms += 1;
     expect([(await ask()).status, fetches()]).toEqual([200, 2]);
@@ -726,11 +726,13 @@ describe("the keys of the issuer", () => {
     await eventually("it happens", () => fetches() > 2);
     issuer.answer = down;
     await eventually("it happens", () => lines.length > 1);
+    issuer.publish({ kty: "oct", k: "AAAA" });
+    issuer.answer = undefined;
+    await eventually("it happens", () => lines.some(({ reason }) => /usable/.test(reason)));
     const line = { event: "keys not fetched", reason: expect.stringMatching(sentence) };
     for (const each of lines) expect(each).toMatchObject(line);
     expect(await statuses(remembered, ask)).toEqual([200, 200]);
     issuer.publish(stranger.publicJwk);
-    issuer.answer = undefined;
     await eventually("it happens", async () => (await remembered()).status === 401);
     expect((await ask(stranger)).status).toBe(200);
   });

@@ -220,7 +220,8 @@ const withStatus =
 const statuses = [201, ...redirects, 404, 500];
 const endpoints = [
   ...[`${other}/token`, `http://HOST@${other.slice(7)}/token`, "OWN.other.example/token"],
-  ...["OWN1/token", "ftp://HOST/token", "/token", undefined, null, ["OWN/token"]],
+  ...["OWN1/token", "ftp://HOST/token", "/token", "OWN/token#a", "http://a:b@HOST/token"],
+  ...[undefined, null, ["OWN/token"]],
 ];
 const noMetadata = ["null", "[]", "7", "<html>", ""];
 const noDocument: [rule: string, failure: Failure][] = [
