@@ -71,12 +71,13 @@ const identityTexts = new WeakMap<Claims, string>();
  * The claims as a list of types and values, each value a string; a list gives an entry a member.
  */
 function identityText(claims: Claims): string {
+  const known = identityTexts.get(claims);
+  if (known) return known;
   const asText = (value: unknown) => (typeof value === "string" ? value : JSON.stringify(value));
-  const entries = () =>
-    Object.entries(claims).flatMap(([type, value]) =>
-      [value].flat().map((member) => ({ type, value: asText(member) })),
-    );
-  const text = identityTexts.get(claims) ?? JSON.stringify(entries());
+  const entries = Object.entries(claims).flatMap(([type, value]) =>
+    [value].flat().map((member) => ({ type, value: asText(member) })),
+  );
+  const text = JSON.stringify(entries);
   identityTexts.set(claims, text);
   return text;
 }
@@ -121,7 +122,7 @@ class ResourceServer {
   #recall(authorization: string): Claims | undefined {
     // The whole field is the key, so that the scheme counts as well.
     const known = this.#remembered.get(authorization);
-    if (known?.keys !== this.issuerKeys.keys || !this.issuerKeys.areKnown) return undefined;
+    if (known?.keys !== this.issuerKeys.keys || !this.issuerKeys.areUsable) return undefined;
     // Without leeway: a token that is about to expire is validated again.
     return known.claims.exp > config.secondsAt(this.settings.clock) ? known.claims : undefined;
   }
@@ -154,8 +155,8 @@ class ResourceServer {
 
   /** Whether this instance should get calls. One without keys looks for them. */
   health(): Response {
-    if (!this.issuerKeys.areKnown) this.issuerKeys.refreshInBackground();
-    const isReady = this.issuerKeys.areKnown && !this.lifecycle.isStopping;
+    if (!this.issuerKeys.areUsable) this.issuerKeys.refreshInBackground();
+    const isReady = this.issuerKeys.areUsable && !this.lifecycle.isStopping;
     const init = { status: isReady ? 200 : 503, headers: jsonHeaders };
     return Response.json({ status: isReady ? "ok" : "unavailable" }, init);
   }
@@ -182,6 +183,7 @@ async function validateToken(settings: Settings, keys: IssuerKeys, jwt: string):
   const { payload, protectedHeader } = await verifying.catch(refuseAs(code, "The access token"));
   // RFC 7515 §4.1.11: no extension is known here. jose would accept b64.
   check(!protectedHeader.crit, code, "The token has a crit header.");
+  // Choice: a set of keys has several, so a token says which one it is by.
   check(protectedHeader.kid, code, "The token names no kid.");
   for (const claim of ["sub", "client_id", "jti"])
     check(config.isText(payload[claim]), code, `The token has no text as ${claim}.`);
@@ -191,7 +193,7 @@ async function validateToken(settings: Settings, keys: IssuerKeys, jwt: string):
   return deepFreeze(payload);
 }
 
-/** Other issuers send a list where RFC 9068 §2.2.3 has a string. */
+/** Choice: other issuers send a list where RFC 9068 §2.2.3 has a string, so it counts as well. */
 function hasScope(granted: unknown, scope: string): boolean {
   return (config.isText(granted) ? granted.split(" ") : [granted ?? []].flat()).includes(scope);
 }
@@ -240,8 +242,8 @@ async function verifyProof(settings: Settings, request: Request, claims: Claims)
 }
 
 /**
- * The proofs that were used, so that none is used twice (RFC 9449 §11.1). They are forgotten only
- * when there are too many of them.
+ * The proofs that were used at this process, so that it accepts none twice (RFC 9449 §11.1); other
+ * processes do not know them. They are forgotten only when there are too many of them.
  */
 class UsedProofs {
   readonly #byClient = new Map<string, Set<string>>();
@@ -278,9 +280,9 @@ class IssuerKeys extends config.PublicKeys {
     };
     const fetchKeys = (signal: AbortSignal) => fetchIssuerKeys(settings, signal).catch(logFailure);
     // No call waits for newer keys, as long as there are any: the timer fetches them.
-    const ages = { coolDownSeconds, maxAgeSeconds: keepKeysSeconds, keepSeconds: keepKeysSeconds };
-    super({ fetchKeys, ...ages, clock });
-    const refreshKnown = () => this.areKnown && this.refreshInBackground();
+    const ages = { refetchAfterSeconds: keepKeysSeconds, keepSeconds: keepKeysSeconds };
+    super({ fetchKeys, coolDownSeconds, ...ages, clock });
+    const refreshKnown = () => this.areUsable && this.refreshInBackground();
     this.#timer = setInterval(refreshKnown, refreshSeconds * 1000).unref();
   }
 

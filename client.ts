@@ -27,7 +27,7 @@ async function run(settings: Settings): Promise<void> {
   print(response);
   printDecoded(response.access_token);
 
-  const url = `${settings.resource}/identity`;
+  const url = `${config.withoutSlash(settings.resource)}/identity`;
   console.error(`Calling ${url}`);
   print(await new Step(settings, "The call", url).membersOf(await tokens.fetch(url)));
 }
@@ -91,7 +91,8 @@ export class TokenSource {
    * A fetch with the token, for the API's origin alone. It sends the request once more if the API
    * answers 401 `invalid_token`, with a new token, or `use_dpop_nonce`, with that nonce; but not if
    * the body can be read only once. It differs from `fetch` in one thing: redirects are not
-   * followed, for the token is not for other hosts. The caller's signal is the only deadline.
+   * followed, for the token is not for other hosts. The caller's signal ends the call; a
+   * request for a token has 10 s for each of its steps.
    */
   async fetch(input: string | URL | Request, init: RequestInit = {}): Promise<Response> {
     const url = input instanceof Request ? input.url : String(new URL(input));
@@ -103,12 +104,12 @@ export class TokenSource {
     const used = await this.accessToken();
     const answer = await this.#call(url, request, used);
     const error = answer.status === 401 ? challengeError(answer) : "";
-    const isOnce = Symbol.asyncIterator in Object(request.body);
-    if (isOnce || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
-    // RFC 9449 §9: an API may want its nonce in the proof. Else the token is given up, unless
-    // somebody has renewed it meanwhile.
+    // A token that is refused is given up, unless somebody has renewed it meanwhile.
     const isCurrent = this.#current?.response === used;
     if (error === "invalid_token" && isCurrent) this.#current = undefined;
+    // RFC 9449 §9: an API may want its nonce in the proof.
+    const isReadOnce = Symbol.asyncIterator in Object(request.body);
+    if (isReadOnce || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
     return await this.#call(url, request, await this.accessToken());
   }
 
@@ -300,7 +301,7 @@ class Step {
   async membersOf(answer: Response): Promise<config.Members> {
     const { status } = answer;
     const document: unknown = await answer.json().catch(() => undefined);
-    const members = Object(document) as config.Members;
+    const members = Object(document) as config.Members; // an object or list as it is
     if (status === 200 && document === members) return members;
     if (status === 200) throw new StepError(this, "200 The answer is no JSON object");
     const { error, error_description: description } = members;

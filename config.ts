@@ -50,7 +50,7 @@ const serverDefaults = {
   tls,
   /** Lets several processes listen on one port (Linux). */
   reusePort: env["REUSE_PORT"] === "1",
-  /** While it drains, a server still answers, and asks its callers to come back elsewhere. */
+  /** How long a server that stops still answers, with Connection: close, so that callers leave. */
   drainSeconds: 0.5,
   log: (env["LOG"] === "off" ? "off" : "stdout") as "stdout" | "off" | LogSink,
   /** Milliseconds since 1970. A test can pass another clock. */
@@ -93,7 +93,7 @@ export const authorizationServer = {
     maxAgeSeconds: 60,
     /** How often an API fetches the keys of the issuer, and the issuer those of a `jwks_uri`. */
     refreshSeconds: 300,
-    /** How long either waits before it fetches again, for a JWT that names an unknown key. */
+    /** How long either waits after a fetch before the next, for a JWT that names an unknown key. */
     coolDownSeconds: 5,
   },
   databaseUrl: env["DATABASE_URL"] || "sqlite://keys/keys.db",
@@ -135,7 +135,7 @@ export const client = {
   /** A file with a private JWK: the client authenticates with it instead of the secret. */
   keyFile: env["CLIENT_KEY"],
   /** Binds the tokens to a key of this process (RFC 9449). */
-  dpop: !["", "0"].includes(env["DPOP"] ?? ""),
+  dpop: Boolean(env["DPOP"]) && env["DPOP"] !== "0",
   tls,
   clock: () => Date.now(),
   /** The first proxy variable that is set, for a hint when a connection fails. */
@@ -171,8 +171,8 @@ export const sha256 = (text: string, encoding: "base64" | "base64url"): string =
 export type Members = Record<string, unknown>;
 
 /**
- * Why a request is turned away. The code names a row in the server's own table of errors; the
- * reason and the details are for its log; of these the caller sees the scope alone.
+ * Why a request is turned away. The code names a row in the server's own table of errors. The
+ * reason and the details are for its log; the caller sees of them `details.scope` alone.
  */
 export class Refusal<Code extends string = string> extends Error {
   readonly code: Code;
@@ -211,7 +211,7 @@ export const jwtRules = ({ acceptedAlgorithms, clock }: JwtSettings) => ({
   currentDate: new Date(clock()),
 });
 
-/** What jose checks of a DPoP proof besides (RFC 9449 §4.3). It adds the leeway to the age. */
+/** What jose checks of a DPoP proof besides (RFC 9449 §4.3). jose adds the leeway. */
 export const proofRules = { typ: "dpop+jwt", maxTokenAge: proofMaxAgeSeconds - leewaySeconds };
 
 // --- Plumbing: addresses and TLS -----------------------------------------------------------------
@@ -219,7 +219,7 @@ export const proofRules = { typ: "dpop+jwt", maxTokenAge: proofMaxAgeSeconds - l
 /** Whether a URL names this machine. */
 export const isLoopback = (url: URL) => /^(localhost|127(\.\d+){3}|\[::1\])$/.test(url.hostname);
 
-const withoutSlash = (text: string) => text.replace(/\/$/, "");
+export const withoutSlash = (text: string) => text.replace(/\/$/, "");
 
 /**
  * The URL of an issuer or of an API: https, or http on a loopback host; a path is allowed, a query,
@@ -379,7 +379,7 @@ interface KeyRules {
   fetchKeys: (signal: AbortSignal) => Promise<jose.JWK[]>;
   coolDownSeconds: number;
   /** A use of older keys waits for new ones. If there are none, the old ones are used. */
-  maxAgeSeconds: number;
+  refetchAfterSeconds: number;
   /** Older keys are used no longer. */
   keepSeconds: number;
   clock: () => number;
@@ -404,19 +404,20 @@ export class PublicKeys {
     this.#rules = rules;
   }
 
-  #areYoungerThan(seconds: number): boolean {
-    return this.#rules.clock() - this.#fetchedAt <= seconds * 1000;
+  /** Also if the clock was set back since. */
+  #secondsSince(time: number): number {
+    return Math.abs(this.#rules.clock() - time) / 1000;
   }
 
-  get areKnown(): boolean {
-    return this.#areYoungerThan(this.#rules.keepSeconds);
+  get areUsable(): boolean {
+    return this.#secondsSince(this.#fetchedAt) <= this.#rules.keepSeconds;
   }
 
   /** The key for a JWT, as jose asks for it. An unknown `kid` is a reason to fetch them again. */
   find: jose.JWTVerifyGetKey = async (header, jws) => {
-    if (!this.#areYoungerThan(this.#rules.maxAgeSeconds))
+    if (this.#secondsSince(this.#fetchedAt) > this.#rules.refetchAfterSeconds)
       await this.refresh().catch((error: unknown) => {
-        if (!this.areKnown) throw error;
+        if (!this.areUsable) throw error;
       });
     try {
       return await this.#choose(header, jws);
@@ -433,9 +434,8 @@ export class PublicKeys {
    * JWT.
    */
   async refresh(): Promise<void> {
-    const { clock, coolDownSeconds } = this.#rules;
-    const sinceTry = Math.abs(clock() - this.#triedAt); // a clock can be set back
-    const isDue = !this.#isTrying && sinceTry >= coolDownSeconds * 1000;
+    const isCool = this.#secondsSince(this.#triedAt) >= this.#rules.coolDownSeconds;
+    const isDue = !this.#isTrying && isCool;
     if (isDue) this.#lastTry = this.#tryOnce();
     await this.#lastTry;
   }
@@ -546,7 +546,7 @@ export class Lifecycle {
 
 /** The URL of a server: where it says port 0, the port that the system gave. */
 export const urlOf = (url: string, { port }: Bun.Server<undefined>) =>
-  url.replace(/:0(?=\/|$)/, `:${port}`);
+  url.replace(/^(\w+:\/\/[^/]+):0(?=\/|$)/, `$1:${port}`);
 
 type Running = { url: string; stop: () => Promise<void> };
 

@@ -38,7 +38,7 @@ interface Server {
 }
 
 const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // RFC 7523 §2.2
-/** How far ahead the `exp` of an assertion may be. */
+/** Choice: each assertion has a `jti` and an `exp` so near, for it is remembered until then. */
 const assertionMaxSeconds = 600;
 /** With a public issuer no shorter secret is accepted. `bun run secret` makes 43 characters. */
 const minSecretCharacters = 32;
@@ -46,10 +46,11 @@ const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /**
  * RFC 6749 §5.2, RFC 8707 §2, RFC 9449 §5: each code with its status and a constant text. The
- * reason of a refusal goes to the log. The first and the last code are not of these RFCs.
+ * reason of a refusal goes to the log. The first and the last code are not of these RFCs; for the
+ * caller the first one is invalid_request.
  */
 const errors = {
-  not_a_form: [400, "The content type must be application/x-www-form-urlencoded."], // for the log
+  not_a_form: [400, "The content type must be application/x-www-form-urlencoded."],
   invalid_request: [400, "The request is malformed, repeats a parameter or authenticates twice."],
   invalid_client: [401, "Client authentication failed. The log of the server has the reason."],
   unauthorized_client: [400, "The client is not registered for this grant type."],
@@ -143,8 +144,8 @@ async function issue(server: Server, client: Client, aud: string, scope: string,
   const signingKey = server.keyStore.signingKey(iat);
   check(signingKey, "temporarily_unavailable", "There is no key to sign with.");
   const { alg, kid, privateKey, removed_at } = signingKey;
-  // Once the key is gone, nobody can verify the token. It keeps the dates that it was made with, so
-  // it may be gone sooner than the settings say now.
+  // Once the key is removed, nobody can verify the token. A key keeps the dates that it was made
+  // with, so it may be removed before a lifetime is over that the settings have now.
   const exp = Math.min(iat + access_token_lifetime_seconds, removed_at);
   const jti = crypto.randomUUID();
   const identity = { iss: server.settings.issuer, sub: client_id, aud, client_id, scope };
@@ -287,6 +288,7 @@ function verifySecret(settings: Settings, client: Client | undefined, { secret, 
   // RFC 6749 §2.3.1: "the authorization server MUST protect any endpoint utilizing it against brute
   // force attacks". Choice: no throttle, for any throttle locks somebody out. With a public issuer
   // no weak secret is in use instead, so that nobody can guess one.
+  // A malformed secret is empty; then its raw length counts, so that the log says what is wrong.
   const isLong = (secret || raw).length >= minSecretCharacters;
   const isAllowed = isLong || config.isLoopback(new URL(settings.issuer));
   check(isAllowed, "invalid_client", `The secret has under ${minSecretCharacters} characters.`);
@@ -457,11 +459,12 @@ class UnusableKey extends Error {}
  * another instance has just made the same table.
  */
 function mayHeal(error: unknown): boolean {
-  const { code = "", errno } = error as { code?: string; errno?: unknown };
-  if (code.startsWith("SQLITE")) return code.startsWith("SQLITE_BUSY");
-  // An error of PostgreSQL has its code in errno; without one, the connection has failed. Classes
-  // 53 and 57 are of a server that is crowded or stops; the rest are of a table that is there.
-  return errno === undefined || /^(5[37]|23505|42P07|42710)/.test(String(errno));
+  const { code, errno } = error as { code?: unknown; errno?: unknown };
+  if (/^SQLITE/.test(String(code))) return /^SQLITE_BUSY/.test(String(code));
+  // An error of PostgreSQL has its code in errno; without one, the connection has failed. Class 08
+  // is of PgBouncer without a server behind it, 53 and 57 are of a server that is crowded or stops;
+  // the rest are of a table that is there.
+  return errno === undefined || /^(08|5[37]|23505|42P07|42710)/.test(String(errno));
 }
 
 /**
@@ -505,8 +508,7 @@ class KeyStore {
   }
 
   /** The key that signs: the one whose period holds, else the one whose period comes next. */
-  signingKey(at = this.#now()): SigningKey | undefined {
-    const [alg] = this.#settings.signingKeys.algorithms;
+  signingKey(at = this.#now(), alg = this.#settings.signingKeys.algorithms[0]) {
     return this.#keys.find((key) => key.alg === alg && key.signs_until > at);
   }
 
@@ -521,7 +523,7 @@ class KeyStore {
     const { databaseUrl, databaseWaitSeconds, signingKeys } = this.#settings;
     const { hostname, port } = URL.parse(databaseUrl) ?? {};
     const [place, remedy] = this.#sqliteFile
-      ? [`the database ${this.#sqliteFile}`, "Move the file away, and new keys are made."]
+      ? [`the database ${this.#sqliteFile}`, "Check its rights; if it is damaged, move it away."]
       : [`PostgreSQL at ${hostname}:${port || 5432}`, "Check that it runs, and DATABASE_URL."];
     const started = performance.now();
     let failures = 0;
@@ -542,7 +544,7 @@ class KeyStore {
         await Bun.sleep(50);
       }
     }
-    this.#timer = setInterval(() => this.#poll(), signingKeys.pollSeconds * 1000);
+    this.#timer = setInterval(() => this.#poll(), signingKeys.pollSeconds * 1000).unref();
   }
 
   async #prepare(): Promise<void> {
@@ -583,6 +585,7 @@ class KeyStore {
 
   async close(): Promise<void> {
     clearInterval(this.#timer);
+    await this.#polling;
     await this.#sql.close({ timeout: 1 }).catch(() => {});
   }
 
@@ -602,9 +605,9 @@ class KeyStore {
       if (!this.isHealthy) this.#log.write("database back", {});
       this.isHealthy = true;
     } catch (error) {
-      // What may heal is tried again by whoever called. Else nothing can be written here, which is
-      // enough while there is a key.
-      if (!this.signingKey(at) || mayHeal(error)) throw error;
+      // A start where nothing can be written is enough, as long as there is a key. Later the poll
+      // reports this, and connects anew.
+      if (this.#isOpen || !this.signingKey(at) || mayHeal(error)) throw error;
       this.#reportAway(error);
     }
   }
@@ -614,8 +617,7 @@ class KeyStore {
     const remedy = "Add the secret that sealed it to KEY_ENCRYPTION_SECRET, or delete its row.";
     for (const alg of this.#settings.signingKeys.algorithms) {
       const inUse = rows.find((row) => row.alg === alg && row.signs_until > at);
-      const isOpen = (key: Row) => key.alg === alg && key.generation === inUse?.generation;
-      if (inUse && !this.#keys.some(isOpen))
+      if (inUse && this.signingKey(at, alg)?.generation !== inUse.generation)
         throw new UnusableKey(`The signing key ${inUse.kid} cannot be opened. ${remedy}`);
     }
   }
@@ -640,7 +642,8 @@ class KeyStore {
 
   /** Seals keys that rest in clear, so that `none` can leave the list of secrets after a poll. */
   async #sealClearKeys(): Promise<void> {
-    // What was not opened is never sealed: a key in clear that nobody allows was put there.
+    // Only keys that were opened: one in clear that the settings do not allow may be a stranger's,
+    // and sealing would make it ours.
     for (const { jwk, ...key } of this.#keys.filter(isClear)) {
       const sealed = await this.#sealing.seal({ jwk, ...key });
       if (sealed === jwk) continue; // there is no secret to seal it with
@@ -858,8 +861,8 @@ function checkClient(client: config.ClientRegistration, settings: Settings): voi
   rule(!jwks?.keys.some(isPrivate), "jwks has a private key");
   const isAccepted = !alg || settings.acceptedAlgorithms.includes(alg);
   rule(isAccepted, "token_endpoint_auth_signing_alg is not in acceptedAlgorithms");
-  const isKept = lifetime > 0 && lifetime <= settings.signingKeys.retentionSeconds;
-  const isLifetime = Number.isInteger(lifetime) && isKept;
+  const { retentionSeconds } = settings.signingKeys;
+  const isLifetime = Number.isInteger(lifetime) && lifetime > 0 && lifetime <= retentionSeconds;
   rule(isLifetime, "access_token_lifetime_seconds must be 1 to signingKeys.retentionSeconds");
   const [uri] = jwks_uri?.split("?") ?? [];
   if (uri) config.parseServerUrl(`config.ts: clients: ${client_id}: jwks_uri`, uri, "other");
@@ -879,7 +882,7 @@ function readyClient(client: config.ClientRegistration, settings: Settings): Cli
   const fetchKeys = async (signal: AbortSignal) =>
     jwks_uri ? await config.fetchJwkSet(jwks_uri, signal, tls) : (jwks?.keys ?? []);
   const { refreshSeconds, coolDownSeconds } = signingKeys;
-  const ages = { coolDownSeconds, maxAgeSeconds: refreshSeconds, keepSeconds: 86_400 };
+  const ages = { coolDownSeconds, refetchAfterSeconds: refreshSeconds, keepSeconds: 86_400 };
   return { ...client, scopesAt, publicKeys: new config.PublicKeys({ fetchKeys, ...ages, clock }) };
 }
 

@@ -5,27 +5,11 @@ import { join } from "node:path";
 import { describe, expect, test } from "bun:test";
 import * as jose from "jose";
 import { resourceServer, type ResourceServerSettings as Settings } from "../../config.ts";
-import {
-  type Answer,
-  callRefusalOf,
-  challenges,
-  form,
-  padded,
-  raw,
-  rowsOf,
-  send,
-  zipped,
-} from "../support/http.ts";
+import { type Answer, callRefusalOf, challenges, form, padded } from "../support/http.ts";
+import { raw, rowsOf, send, zipped } from "../support/http.ts";
 import { eventually } from "../support/databases.ts";
-import {
-  accessToken,
-  Issuer,
-  type Key,
-  key,
-  proof,
-  secondsNow,
-  signSymmetric,
-} from "../support/jwt.ts";
+import { accessToken, Issuer, type Key, key, proof } from "../support/jwt.ts";
+import { secondsNow, signSymmetric } from "../support/jwt.ts";
 import { root, temporaryDirectory } from "../support/programs.ts";
 import { api as startApi } from "../support/servers.ts";
 
@@ -70,11 +54,11 @@ const fields = ({ status, headers }: Answer, ...names: string[]) => [
 const sentence = /^["\w]+( \S+){2,}/;
 
 /** Expects a refusal, and a line about it in the log. */
-function expectRefusal(answer: Answer, expected: string) {
+function expectRefusal(answer: Answer, expected: string, said = sentence) {
   expect(callRefusalOf(answer)).toBe(expected);
   const [, error = "no_credentials"] = expected.split(" ");
   const line = { event: "call refused", error, address: "127.0.0.1" };
-  expect(api.lines.at(-1)).toMatchObject({ ...line, reason: expect.stringMatching(sentence) });
+  expect(api.lines.at(-1)).toMatchObject({ ...line, reason: expect.stringMatching(said) });
 }
 
 /** RFC 9110 §15.6.4: the caller shall keep the token and come again. */
@@ -183,51 +167,58 @@ const valid: [rule: string, make: Make][] = [
   ["RFC 9068 §4 exp 29 s ago", () => token({ exp: now - 29 })],
   ["RFC 7519 §2 exp with a fraction", () => token({ exp: now + 60.5 })],
   ["RFC 7519 §4.1.5 nbf 30 s ahead", () => token({ nbf: now + 30 })],
-  ["RFC 7515 §4.1.2, RFC 7515 §4.1.3 a foreign jku, jwk, x5u", () => token({}, foreign)],
+  ["RFC 7515 §4.1.2, RFC 7515 §4.1.3, RFC 7515 §4.1.5 jku, jwk, x5u", () => token({}, foreign)],
   ["RFC 7515 §4 an unknown member in the header", () => token({}, { x: 1 })],
-  ["RFC 7519 §4.3 an unknown claim", () => token({ "urn:x": { cnf: 1 } })],
+  ["RFC 7519 §4 an unknown claim", () => token({ "urn:x": { cnf: 1 } })],
   ["RFC 6749 §3.3 scope with others around it", () => token({ scope: "a api1 b" })],
   ["RFC 9068 §2.2.3 scope as a list of several", () => token({ scope: ["a", "api1"] })],
 ];
 
-/** A row for each of these values of one claim, or of one member of the header. */
-const claim = (rule: string, name: string, ...values: unknown[]) =>
-  rowsOf(`${rule} ${name}`, values, (value) => async () => await token({ [name]: value }));
-const member = (rule: string, name: string, ...values: unknown[]) =>
-  rowsOf(`${rule} ${name}`, values, (value) => async () => await token({}, { [name]: value }));
+type Row = [rule: string, make: Make, said: RegExp];
+/** A row for each value, with the reason that the log has for it. */
+const rowsSaying = (rule: string, said: RegExp, values: unknown[], make: (value: any) => Make) =>
+  rowsOf(rule, values, make).map(([name, made]): Row => [name, made, said]);
+/** The same for the claim that ends the rule, or the member of the header. */
+const claim = (rule: string, said: RegExp, ...values: unknown[]) =>
+  rowsSaying(rule, said, values, (value) => () => token({ [rule.split(" ").at(-1)!]: value }));
+const member = (rule: string, said: RegExp, ...values: unknown[]) =>
+  rowsSaying(rule, said, values, (value) => () => token({}, { [rule.split(" ").at(-1)!]: value }));
 const algorithms = ["none", "NONE", "ES1024", "constructor", "RS256", "HS256"];
+const withAlg = (alg: string) => () => withPart(0, headerOf(alg));
 const junkTexts = ["claims", '{"iss":"x"', "null", '"claims"', "[]"];
+const [noKey, forged] = [/no applicable key/, /signature/];
 
-const invalid: [rule: string, make: Make][] = [
-  ...member("RFC 9068 §4", "typ", "JWT", "dpop+jwt", "text/at+jwt", ["at+jwt"], undefined),
-  ...member("RFC 9068 §4", "kid", undefined, "", "unknown", "__proto__", 7),
-  ...rowsOf("RFC 9068 §4 alg", algorithms, (alg) => () => withPart(0, headerOf(alg))),
-  ["RFC 7518 §3.6 alg none, no signature", () => unsigned(withPart(0, headerOf("none")))],
-  ["RFC 8725 §2.1 HS256 with the public key as secret, PEM", () => symmetric(rsaPem)],
-  ["RFC 8725 §2.1 the same, JWK", () => symmetric(JSON.stringify(rsa.publicJwk))],
-  ["RFC 7517 §4.4 alg other than the key's", () => token({}, { kid: "rs512" }, rsa)],
-  ["RFC 9068 §4 signed with another key", () => token({}, { kid: "key" }, stranger)],
-  ["RFC 7515 §4.1.3 signed with the jwk", () => token({}, { kid: "key", jwk }, stranger)],
-  ["RFC 9068 §4 no signature", () => unsigned(token())],
-  ["RFC 9068 §4 other claims", () => withPart(1, '{"sub":"root"}')],
-  ["RFC 7517 §4.2 a key for encryption", () => token({}, { kid: "enc" }, stranger)],
-  ...claim("RFC 9068 §4", "iss", undefined, other, `${iss}/`, iss.toUpperCase(), [iss], ""),
-  ...claim("RFC 9068 §4", "aud", undefined, other, `${aud}/`, aud.slice(0, -1), "client"),
-  ...claim("RFC 9068 §4", "aud", [other], [], { [aud]: aud }),
-  ...claim("RFC 9068 §4", "exp", undefined, null, `${now + 60}`, now - 30),
-  ...claim("RFC 9068 §2.2", "iat", undefined, null, `${now}`),
-  ...claim("RFC 7519 §4.1.5", "nbf", now + 31, "0", null),
-  ...claim("RFC 9068 §2.2", "sub", undefined, "", 7, null, ["client"]),
-  ...claim("RFC 9068 §2.2", "client_id", undefined, "", 7, null, ["client"]),
-  ...claim("RFC 9068 §2.2", "jti", undefined, "", 7, null, ["client"]),
-  ["RFC 7515 §4.1.11 crit with exp", () => token({}, { crit: ["exp"], exp: 1 })],
-  ["RFC 7515 §4.1.11 crit with b64", () => token({}, { crit: ["b64"], b64: true })],
-  ...claim("RFC 7800 §3", "cnf", null, {}, "x", { kid: "x" }, { jkt: "" }, { jkt: 7 }),
-  ["RFC 7519 §7.2 no JWT", () => "token"],
-  ["RFC 7519 §7.2 two parts", async () => (await token()).replace(/\.[^.]+$/, "")],
-  ["RFC 7519 §7.2 five parts, as of a JWE", async () => `${await token()}.AA.AA`],
-  ...rowsOf("RFC 7519 §7.2 claims", junkTexts, (text) => () => signedText(text)),
-  ...rowsOf("RFC 7519 §7.2 header", junkTexts, (text) => () => withPart(0, text)),
+const invalid: Row[] = [
+  ...member("RFC 9068 §4 typ", /typ/, "JWT", "dpop+jwt", "text/at+jwt", ["at+jwt"], undefined),
+  ...member("RFC 7515 §4.1.4 kid", noKey, "", "unknown", "__proto__", 7),
+  ["RFC 7515 §4.1.4 Choice: no kid", () => token({}, { kid: undefined }), /no kid/],
+  ...rowsSaying("RFC 9068 §4 the header changed to alg", /alg|no app/, algorithms, withAlg),
+  ["RFC 7518 §3.6 alg none, no signature", () => unsigned(withPart(0, headerOf("none"))), /alg/],
+  ["RFC 8725 §2.1 HS256 with the public key as secret, PEM", () => symmetric(rsaPem), /alg/],
+  ["RFC 8725 §2.1 the same, JWK", () => symmetric(JSON.stringify(rsa.publicJwk)), /alg/],
+  ["RFC 7517 §4.4 alg other than the key's", () => token({}, { kid: "rs512" }, rsa), noKey],
+  ["RFC 9068 §4 signed with another key", () => token({}, { kid: "key" }, stranger), forged],
+  ["RFC 7515 §4.1.3 signed with the jwk", () => token({}, { kid: "key", jwk }, stranger), forged],
+  ["RFC 9068 §4 no signature", () => unsigned(token()), forged],
+  ["RFC 9068 §4 other claims", () => withPart(1, '{"sub":"root"}'), forged],
+  ["RFC 7517 §4.2 a key for encryption", () => token({}, { kid: "enc" }, stranger), noKey],
+  ...claim("RFC 9068 §4 iss", /iss/, undefined, other, `${iss}/`, iss.toUpperCase(), [iss], ""),
+  ...claim("RFC 9068 §4 aud", /aud/, undefined, other, `${aud}/`, aud.slice(0, -1), "client"),
+  ...claim("RFC 9068 §4 aud", /aud/, [other], [], { [aud]: aud }),
+  ...claim("RFC 9068 §4 exp", /exp/, undefined, null, `${now + 60}`, now - 30),
+  ...claim("RFC 9068 §2.2 iat", /iat/, undefined, null, `${now}`),
+  ...claim("RFC 7519 §4.1.5 nbf", /nbf/, now + 31, "0", null),
+  ...claim("RFC 9068 §2.2 sub", /text as sub/, undefined, "", 7, null, ["client"]),
+  ...claim("RFC 9068 §2.2 client_id", /text as client_id/, undefined, "", 7, null, ["client"]),
+  ...claim("RFC 9068 §2.2 jti", /text as jti/, undefined, "", 7, null, ["client"]),
+  ["RFC 7515 §4.1.11 crit with exp", () => token({}, { crit: ["exp"], exp: 1 }), /exp/],
+  ["RFC 7515 §4.1.11 crit with b64", () => token({}, { crit: ["b64"], b64: true }), /crit/],
+  ...claim("RFC 7800 §3 cnf", /another way/, null, {}, "x", { kid: "x" }, { jkt: "" }, { jkt: 7 }),
+  ["RFC 7519 §7.2 no JWT", () => "token", /JWS/],
+  ["RFC 7519 §7.2 two parts", async () => (await token()).replace(/\.[^.]+$/, ""), /JWS/],
+  ["RFC 7519 §7.2 five parts, as of a JWE", async () => `${await token()}.AA.AA`, /JWS/],
+  ...rowsSaying("RFC 7519 §7.2 claims", /Claims/, junkTexts, (text) => () => signedText(text)),
+  ...rowsSaying("RFC 7519 §7.2 header", /Header/, junkTexts, (text) => () => withPart(0, text)),
 ];
 
 const scopes = [
@@ -235,20 +226,20 @@ const scopes = [
   ...[[], ["api2"], ["api1 api2"], [["api1"]], { api1: "api1" }],
 ];
 
-const tokens: Record<string, [rule: string, make: Make][]> = {
+const tokens: Record<string, [rule: string, make: Make, said?: RegExp][]> = {
   "200": valid,
   "401 invalid_token at bearer": invalid,
-  "403 insufficient_scope at bearer": claim("RFC 6750 §3.1", "scope", ...scopes),
+  "403 insufficient_scope at bearer": claim("RFC 6750 §3.1 scope", /wants scope/, ...scopes),
 };
 
 for (const [expected, rows] of Object.entries(tokens))
-  for (const [rule, make] of rows)
+  for (const [rule, make, said] of rows)
     test(`GET /identity, ${rule} → ${expected}`, async () => {
       const presented = await make();
       // Once and again: what was refused is not remembered, what is remembered lacks the scope.
       for (let times = 0; times < 2; times++) {
         const answer = await bearer(presented);
-        if (expected !== "200") expectRefusal(answer, expected);
+        if (expected !== "200") expectRefusal(answer, expected, said);
         else expect(answer.json).toContainEqual({ type: "sub", value: "client" });
         if (!expected.startsWith("403")) continue;
         expect(challenges(answer)["bearer"]!["scope"]).toBe("api1");
@@ -284,12 +275,9 @@ test("GET /identity → the claims as a list of types and values, each value a s
   const text = 'a "quoted"\n\u00e4\u{1f511}';
   const roles = ["reader", "", 7, false, null, { of: "all" }, ["nested", ["twice"]]];
   const shown = ["reader", "", "7", "false", "null", '{"of":"all"}', '["nested",["twice"]]'];
-  const rows: [type: string, claim: unknown, ...values: string[]][] = [
-    ...Object.entries(plain).map(([type, claim]): [string, unknown, string] => [
-      type,
-      claim,
-      `${claim}`,
-    ]),
+  type Shown = [type: string, claim: unknown, ...values: string[]];
+  const rows: Shown[] = [
+    ...Object.entries(plain).map(([type, claim]): Shown => [type, claim, `${claim}`]),
     ["number", -1.5, "-1.5"],
     ["large", 9_007_199_254_740_991, "9007199254740991"],
     ["yes", true, "true"],
@@ -395,21 +383,13 @@ for (const path of ["/identity", "/.well-known/oauth-protected-resource", "/heal
   });
 
 test("elsewhere, RFC 9110 §15.5.5 → 404", async () => {
-  const paths = [
-    "/",
-    "/identity/",
-    "/Identity",
-    "/%69dentity",
-    "/.well-known/openid-configuration",
-  ];
-  for (const path of [...paths, "/.well-known/oauth-protected-resource/identity"])
-    for (const method of ["GET", "POST"])
-      expect(fields(await send(aud + path, { method }), ...around)).toEqual([
-        404,
-        null,
-        "no-store",
-        null,
-      ]);
+  const paths = ["/", "/identity/", "/Identity", "/%69dentity"];
+  paths.push("/.well-known/openid-configuration", "/.well-known/oauth-protected-resource/identity");
+  for (const path of paths)
+    for (const method of ["GET", "POST"]) {
+      const answer = await send(aud + path, { method });
+      expect(fields(answer, ...around)).toEqual([404, null, "no-store", null]);
+    }
 });
 
 // --- The API as somebody copies it ---------------------------------------------------------------
@@ -692,14 +672,14 @@ describe("the keys of the issuer", () => {
     expect(await statuses(ask)).toEqual([200]);
     issuer.answer = down;
     time.ms += 20;
-    await eventually("it happens", async () => (await unknown()).status === 503);
+    await eventually("the fetch has failed", async () => (await unknown()).status === 503);
     const failed = fetches();
     // A key that is known goes on to count.
     expect(await statuses(unknown, ask, unknown)).toEqual([503, 200, 503]);
     expect(fetches()).toBe(failed);
     issuer.answer = undefined;
     time.ms += 20;
-    await eventually("it happens", async () => (await unknown()).status === 401);
+    await eventually("a fetch has succeeded", async () => (await unknown()).status === 401);
   });
 
   test("RFC 7517 §5 a junk set changes nothing, an empty one withdraws all keys", async () => {
@@ -723,17 +703,19 @@ describe("the keys of the issuer", () => {
     await Bun.sleep(50);
     expect(fetches()).toBe(0);
     expect(await statuses(remembered)).toEqual([200]);
-    await eventually("it happens", () => fetches() > 2);
+    await eventually("three fetches", () => fetches() > 2);
     issuer.answer = down;
-    await eventually("it happens", () => lines.length > 1);
+    await eventually("a failure is logged", () => lines.length > 1);
     issuer.publish({ kty: "oct", k: "AAAA" });
     issuer.answer = undefined;
-    await eventually("it happens", () => lines.some(({ reason }) => /usable/.test(reason)));
+    await eventually("the junk set is logged", () =>
+      lines.some(({ reason }) => /usable/.test(reason)),
+    );
     const line = { event: "keys not fetched", reason: expect.stringMatching(sentence) };
     for (const each of lines) expect(each).toMatchObject(line);
     expect(await statuses(remembered, ask)).toEqual([200, 200]);
     issuer.publish(stranger.publicJwk);
-    await eventually("it happens", async () => (await remembered()).status === 401);
+    await eventually("the old key is gone", async () => (await remembered()).status === 401);
     expect((await ask(stranger)).status).toBe(200);
   });
 
@@ -753,6 +735,10 @@ describe("the keys of the issuer", () => {
     issuer.answer = undefined;
     time.ms += 5_000;
     expect(await statuses(remembered, ask, health)).toEqual([200, 200, 200]);
+    // A clock that is set back makes no keys young.
+    issuer.publish(stranger.publicJwk);
+    time.ms -= 86_400_001;
+    expect(await statuses(remembered)).toEqual([401]);
   });
 
   test("GET /health without keys → 503, and they are fetched; with keys → 200, and none are", async () => {
@@ -762,7 +748,10 @@ describe("the keys of the issuer", () => {
     expect([before.status, before.json]).toEqual([503, { status: "unavailable" }]);
     expect(before.headers.get("cache-control")).toBe("no-store");
     issuer.answer = undefined;
-    await eventually("it happens", async () => (await send(`${url}/health`)).status === 200);
+    await eventually(
+      "the keys are there",
+      async () => (await send(`${url}/health`)).status === 200,
+    );
     const fetched = fetches();
     const answer = await send(`${url}/health`);
     expectJson(answer);

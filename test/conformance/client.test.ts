@@ -244,7 +244,7 @@ const noToken: [rule: string, failure: Failure][] = [
   ...rowsOf("RFC 6749 §7.1 token_type", noTypes, tokenWith("token_type")),
   ...rowsOf("RFC 9449 §5 token_type", ["Bearer", undefined], tokenWith("token_type", "DPoP")),
   ...rowsOf("RFC 6749 §5.1 expires_in", noLifetimes, tokenWith("expires_in")),
-  ...rowsOf("RFC 6749 §5.1, RFC 9700 §4.12 status", [201, ...redirects, 500], (status) => {
+  ...rowsOf("RFC 6749 §5.1, RFC 9110 §15.4 status", [201, ...redirects, 500], (status) => {
     const init = { status, headers: { location } };
     return ofToken(() => Response.json(validResponse, init), `${status}`);
   }),
@@ -497,6 +497,7 @@ for (const [name, input] of Object.entries(once))
     const answer = await tokens.fetch(...input(api));
     expect([answer.status, await answer.text()]).toEqual([401, "no"]);
     expect(of("api").map(({ body }) => body)).toEqual(["once=1"]);
+    expect((await tokens.fetch(...input(api))).status).toBe(200); // with a new token
   });
 
 /** How many calls and token requests there are after one `fetch`. */
@@ -664,18 +665,16 @@ describe("bun run client.ts", () => {
     token: () => response,
     api: ({ target }) => (target === "/identity" ? answer : plain("elsewhere", 404)),
   };
+  // The API's URL may end in a slash, as the issuer's may.
   const environment = (url: string) => ({
     ISSUER: url,
-    API_URL: url,
+    API_URL: `${url}/`,
     CLIENT_SECRET: client_secret,
   });
   const started = (parts: Parts = {}, more = {}) => {
     const { origin, seen } = play({ ...valid, ...parts });
-    return {
-      program: launch("client", { env: { ...environment(origin), ...more } }),
-      origin,
-      seen,
-    };
+    const program = launch("client", { env: { ...environment(origin), ...more } });
+    return { program, origin, seen };
   };
   /** The one line that it ends with. */
   const failure = async (program: ReturnType<typeof launch>) => {
@@ -712,7 +711,7 @@ describe("bun run client.ts", () => {
   const failing: [name: string, said: RegExp, parts: Parts][] = [
     ["RFC 6749 §5.2 401", /401 invalid_client.*SECRET/, { token: code("invalid_client", 401) }],
     ["RFC 6750 §3.1 403", /identity: 403 insufficient_scope.*SCOPE/, { api: insufficient }],
-    ["RFC 9700 §4.12 a redirect", /identity: 302/, { api: () => plain("", 302, { location }) }],
+    ["RFC 9110 §15.4 a redirect", /identity: 302/, { api: () => plain("", 302, { location }) }],
     ["no JSON", /identity: 200 .*JSON/, { api: () => plain("\u001b[2J") }],
     ["control", /identity: 401 \\u009b2J/, { api: () => challenge('Bearer error="\u009b2J"') }],
   ];

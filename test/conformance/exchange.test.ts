@@ -17,12 +17,12 @@ afterAll(() => Promise.all([idp.stop(), api.stop()]));
 
 // --- 1 The client asks where things are ----------------------------------------------------------
 
-// All that a client is configured with is the issuer's URL. The rest stands in a document at a
-// well-known place under it.
-const discovery = await fetch(`${idp.url}/.well-known/oauth-authorization-server`);
+// Of the issuer a client needs to know the URL alone. The rest stands in a document at a well-known
+// place under it. (At /.well-known/oauth-authorization-server there is the same one.)
+const discovery = await fetch(`${idp.url}/.well-known/openid-configuration`);
 const metadata: any = await discovery.json();
 
-test("1. GET metadata, RFC 8414 §3 → 200, the issuer's endpoints and keys", () => {
+test("1. GET metadata, OpenID Connect Discovery §4, RFC 8414 §3.2 → 200, the issuer's endpoints and keys", () => {
   expect(discovery.status).toBe(200);
   // The issuer in the document must be the one that was asked, to the letter (RFC 8414 §3.3).
   expect(metadata.issuer).toBe(idp.url);
@@ -43,6 +43,7 @@ const tokenResponse = await fetch(metadata.token_endpoint, {
   body: "grant_type=client_credentials&scope=api1",
 });
 const { access_token, ...described }: any = await tokenResponse.json();
+const decode = (part: string) => JSON.parse(Buffer.from(part, "base64url").toString());
 
 test("2. POST token request, RFC 6749 §4.4 → 200, an access token", () => {
   expect(tokenResponse.status).toBe(200);
@@ -73,13 +74,11 @@ test("2. the access token, RFC 9068 §2 → who may do what, where, and until wh
   });
 });
 
-const decode = (part: string) => JSON.parse(Buffer.from(part, "base64url").toString());
-
 // --- 3 The client calls the API ------------------------------------------------------------------
 
 test("3. GET /identity with the token, RFC 6750 §2.1 → 200, the caller's claims", async () => {
-  // The API fetches the issuer's public keys once (jwks_uri above), and checks signatures itself:
-  // it never asks the authorization server about a token.
+  // The API fetches the issuer's public keys (jwks_uri above) at the first call, and every five
+  // minutes from then on. It checks signatures itself, and never asks the issuer about a token.
   const authorization = `Bearer ${access_token}`;
   const answer = await fetch(`${api.url}/identity`, { headers: { authorization } });
   expect(answer.status).toBe(200);

@@ -50,7 +50,7 @@ const expected = (issuer: string, accepted = authorizationServer.acceptedAlgorit
 // --- Documents -----------------------------------------------------------------------------------
 
 for (const path of documents)
-  test(`GET ${path}, RFC 8414 §3.2 → 200, JSON that may be cached for a minute`, async () => {
+  test(`GET ${path}, RFC 8414 §3.2, RFC 7517 §5 → 200, JSON that may be cached for a minute`, async () => {
     const answer = await send(idp.url + path);
     const { "content-length": length, "content-type": type, ...others } = fieldsOf(answer);
     expect([answer.status, Number(length)]).toEqual([200, Buffer.byteLength(answer.text)]);
@@ -164,11 +164,8 @@ test("RFC 8414 §2 every URL, method, grant type, scope and resource → works a
 // --- An issuer with a path -----------------------------------------------------------------------
 
 describe("an issuer with a path", async () => {
-  const { url, tokenEndpoint } = await startIdp({
-    issuer: "http://127.0.0.1:0/auth",
-    scopes,
-    clients,
-  });
+  const issuer = "http://127.0.0.1:0/auth";
+  const { url, tokenEndpoint } = await startIdp({ issuer, scopes, clients });
   const { origin } = new URL(url);
 
   const found = [
@@ -187,7 +184,7 @@ describe("an issuer with a path", async () => {
     ...["/auth/.well-known/oauth-authorization-server", `${wellKnown}/auth`, ...documents],
   ];
   for (const path of notFound)
-    test(`GET ${path}, RFC 8414 §3.1 → 404`, async () =>
+    test(`GET ${path}, RFC 9110 §15.5.5 → 404`, async () =>
       expect((await send(origin + path)).status).toBe(404));
 
   test("RFC 9068 §2.2 token, keys, health and challenge → all under the path", async () => {

@@ -61,6 +61,7 @@ describe("values", () => {
   const caches = { pollSeconds: 10, maxAgeSeconds: 60, refreshSeconds: 300, coolDownSeconds: 5 };
   const database = { databaseUrl: "sqlite://keys/keys.db", databaseWaitSeconds: 30 };
   const keys = { refreshSeconds: 300, coolDownSeconds: 5, keepKeysSeconds: 86_400 };
+  const bounds = { maxBodyBytes: 1_048_576, maxUsedProofs: 50_000 };
   const scopesAt = (of: string) => [{ scope: "api1", description: "My API", resource: of }];
   const defaults: [idp: object, api: object, client: object] = [
     {
@@ -68,15 +69,7 @@ describe("values", () => {
       ...{ clients: [{ ...registered, ...granted }], signingKeys: { ...lives, ...caches } },
       keyEncryptionSecret: "",
     },
-    {
-      ...both,
-      ...urls,
-      ...keys,
-      resource_name: "My API",
-      scope: "api1",
-      maxBodyBytes: 1_048_576,
-      maxUsedProofs: 50_000,
-    },
+    { ...both, ...urls, ...keys, ...bounds, resource_name: "My API", scope: "api1" },
     { ...urls, client_id: "client", client_secret: "secret", scope: "api1", dpop: false, tls },
   ];
 
@@ -502,7 +495,8 @@ describe("own certificate", async () => {
     ["-tls1_2", "ECDHE-RSA-AES128-SHA", false], // no AEAD
     ["-tls1_1", "DEFAULT@SECLEVEL=0", false],
   ];
-  test.each(suites)("RFC 9325 §4.1, §4.2: %s, %s → taken: %p", async (version, suite, isTaken) => {
+  const rules = "RFC 9325 §3.1.1, RFC 9325 §4.1, RFC 9325 §4.2:";
+  test.each(suites)(`${rules} %s, %s → taken: %p`, async (version, suite, isTaken) => {
     const to = ["-connect", `127.0.0.1:${running.server.port}`, version, "-cipher", suite];
     const program = new Program([openssl, "s_client", ...to], temporaryDirectory());
     const isOver = (await program.ended()) === 0;

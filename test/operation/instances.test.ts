@@ -8,13 +8,8 @@ import * as jose from "jose";
 import { authorizationServer, type AuthorizationServerSettings } from "../../config.ts";
 import { engines, eventually, execute, freePort, noPgBouncer } from "../support/databases.ts";
 import { noServer, pgBouncer, postgresDatabase, PostgresServer } from "../support/databases.ts";
-import {
-  postgresUrl,
-  sayingPostgres,
-  schemaOf,
-  succeeds,
-  type Table,
-} from "../support/databases.ts";
+import { postgresUrl, sayingPostgres, schemaOf, succeeds } from "../support/databases.ts";
+import type { Table } from "../support/databases.ts";
 import { type Answer, basic, post, refusalOf, send } from "../support/http.ts";
 import { assertion, assertionType, key, proof } from "../support/jwt.ts";
 import { launchWith, type Program } from "../support/programs.ts";
@@ -252,7 +247,12 @@ scenario(disk, `a full disk: it signs, refuses assertions, heals${noLimit}`, asy
 const silent = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
 const starting = sayingPostgres("57P03", "the database system is starting up");
 const refusing = sayingPostgres("28P01", "password authentication failed");
-for (const listener of [silent, starting, refusing]) listener.unref();
+const serverless = sayingPostgres("08P01", "server login has been failing");
+const mayHeal = {
+  "it starts (57P03)": starting,
+  "its PgBouncer has no server (08P01)": serverless,
+};
+for (const listener of [silent, starting, refusing, serverless]) listener.unref();
 
 /** Where the database would be, and how long a start waits for it. */
 const away: [what: string, address: string, databaseWaitSeconds: number][] = [
@@ -267,6 +267,13 @@ for (const [what, address, databaseWaitSeconds] of away)
     const url = `postgres://postgres:hidden@${address}/postgres`;
     const said = await failure(launched(url, { databaseWaitSeconds }).program);
     expect(said).toContain(address.includes(":") ? address : `${address}:5432`);
+  });
+
+for (const [what, { port }] of Object.entries(mayHeal))
+  test.concurrent(`instances, PostgreSQL: ${what} → a start waits for it`, async () => {
+    const { program } = launched(`postgres://postgres:hidden@127.0.0.1:${port}/postgres`);
+    await program.printed(RegExp(`^Waiting for .+:${port}: `));
+    await program.stop();
   });
 
 test.concurrent.skipIf(noServer !== "")(
@@ -352,8 +359,8 @@ scenario(onPostgres, "a database that can only be read signs, and heals", async 
   expect([await statusOf(token(url)), await statusOf(assert(url))]).toEqual([200, 503]);
   expect([await health(url), await health(writing)]).toEqual(["degraded", "ok"]);
   expect(await publishes(url)).toEqual(await publishes(writing));
-  const end = `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '${role}'`;
-  await execute(postgresUrl!, `ALTER ROLE ${role} RESET ALL`, end);
+  // Its connections would stay as they are: it must make new ones.
+  await execute(postgresUrl!, `ALTER ROLE ${role} RESET ALL`);
   await becomes(url, "ok");
   expect(await statusOf(assert(url))).toBe(200);
 });

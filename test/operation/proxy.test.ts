@@ -48,7 +48,7 @@ describe.skipIf(missing.length > 0)(`behind nginx${why}`, () => {
     const at = ({ server: { port } }: { server: Bun.Server<undefined> }) =>
       `server 127.0.0.1:${port};`;
     const file = join(directory, "nginx.conf");
-    // As the README has it, but for the directories of a user without rights.
+    // What the README says, for two instances and an API, in directories of a user without rights.
     const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
     writeFileSync(
       file,

@@ -52,11 +52,10 @@ test("it has at most 250 lines, and every script and file that it names is there
     expect([name, name in scripts || existsSync(join(root, name))]).toEqual([name, true]);
   expect(run.length).toBeGreaterThan(10);
   const [, copied = ""] = /^COPY (.+) \.\/$/m.exec(blockWith("dockerfile", "COPY"))!;
-  for (const pattern of copied.split(" "))
-    expect([pattern, [...new Bun.Glob(pattern).scanSync(root)].length > 0]).toEqual([
-      pattern,
-      true,
-    ]);
+  for (const pattern of copied.split(" ")) {
+    const found = [...new Bun.Glob(pattern).scanSync(root)];
+    expect([pattern, found.length > 0]).toEqual([pattern, true]);
+  }
 });
 
 test("its variables are those that config.ts reads", () => {
@@ -89,19 +88,18 @@ test.each(conformance)("%s", (row) => {
   expect(places.length).toBeGreaterThan(0);
   const commented = places.map(([, file]) => sources.get(file!)!).join("\n");
   for (const [, file, names] of places)
-    for (const [, name] of matches(names!, /`(\w+)`/g))
-      expect([name, sources.get(file!)!]).toEqual([
-        name,
-        expect.stringMatching(
-          RegExp(`^ *(export |async |function |readonly |const |#)*${name}\\b.*[({]$`, "m"),
-        ),
-      ]);
+    for (const [, name] of matches(names!, /`(\w+)`/g)) {
+      const words = "export |async |function |readonly |const |#";
+      const isThere = RegExp(`^ *(${words})*${name}\\b.*[({]$`, "m").test(sources.get(file!)!);
+      expect([name, isThere]).toEqual([name, true]);
+    }
   const shown = matches(tests, /`([\w/]+)`/g)
     .map(([, file]) => read(`test/${file}.test.ts`))
     .join("\n");
   for (const [, number, rule] of matches(rules, /(\d{4}) (§[\d.]+)/g)) {
-    expect([rule, RegExp(`(RFC ${number} )?${rule}\\b`).test(commented)]).toEqual([rule, true]);
-    expect([rule, shown.includes(`RFC ${number} ${rule}`)]).toEqual([rule, true]);
+    // Not §5 for §5.2, nor §4.1 for §4.11.
+    const cited = RegExp(`RFC ${number}( §[\\d.]+ and)? ${rule}(?![.\\d]*\\d)`);
+    expect([rule, cited.test(commented), cited.test(shown)]).toEqual([rule, true, true]);
   }
 });
 
@@ -173,11 +171,8 @@ describe("examples", () => {
     const command = [process.execPath, "--no-orphans", "idp.ts"];
     const idp = new Program(command, cwd, { ISSUER: "http://127.0.0.1:0" });
     const url = `${await urlOf(idp)}/connect/token`;
-    const ask = (user: string) =>
-      shell(
-        `curl -s -o answer -w '%{http_code}' -u '${user}' -d grant_type=client_credentials ${url}`,
-        cwd,
-      );
+    const options = "-s -o answer -w '%{http_code}' -d grant_type=client_credentials";
+    const ask = (user: string) => shell(`curl ${options} -u '${user}' ${url}`, cwd);
     expect(await ask(`client:${secret}`)).toBe("401");
     expect(await ask(`client:${secret.replace("+", "%2B").replace("%c", "%25c")}`)).toBe("200");
     await eventually("it is logged", () => idp.log.some(({ event }) => event === "token issued"));

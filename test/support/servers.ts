@@ -18,8 +18,11 @@ function collector(): { log: LogSink; lines: LogLine[] } {
   return { log: { write, flush: () => 0 }, lines };
 }
 
+type IdpChanges = Partial<AuthorizationServerSettings>;
+type ApiChanges = Partial<ResourceServerSettings>;
+
 /** An authorization server; `lines` is its log. */
-export async function idp(changes: Partial<AuthorizationServerSettings> = {}) {
+export async function idp(changes: IdpChanges = {}) {
   const { log, lines } = collector();
   const settings: AuthorizationServerSettings = {
     ...authorizationServer,
@@ -35,7 +38,7 @@ export async function idp(changes: Partial<AuthorizationServerSettings> = {}) {
 }
 
 /** An API that trusts `issuer`; `lines` is its log. */
-export async function api(issuer: string, changes: Partial<ResourceServerSettings> = {}) {
+export async function api(issuer: string, changes: ApiChanges = {}) {
   const { log, lines } = collector();
   const settings: ResourceServerSettings = {
     ...resourceServer,
@@ -49,12 +52,7 @@ export async function api(issuer: string, changes: Partial<ResourceServerSetting
 }
 
 /** An API and an authorization server that issues tokens for it. */
-export async function pair(
-  changes: {
-    idp?: Partial<AuthorizationServerSettings>;
-    api?: Partial<ResourceServerSettings>;
-  } = {},
-) {
+export async function pair(changes: { idp?: IdpChanges; api?: ApiChanges } = {}) {
   // The API must know the issuer and the issuer the API: one of both ports is taken beforehand.
   const reserved = reservePort();
   const url = `http://127.0.0.1:${reserved.port}`;
