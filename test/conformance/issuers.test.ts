@@ -63,7 +63,6 @@ async function play(provider: Provider, claims: Members = {}, header: Members = 
   return { status, error, reason: lines[0]?.["reason"], requests };
 }
 
-/** The RFC numbers in the names say which rule a default of that server breaks. */
 const keycloak: Provider = {
   path: "/realms/main",
   jwks: "/realms/main/protocol/openid-connect/certs",
@@ -106,6 +105,7 @@ for (const [name, provider] of Object.entries({ keycloak, auth0, duende }))
     expect({ status, reason }).toEqual({ status: 200, reason: undefined });
   });
 
+/** The RFC numbers in the names say which rule a default of that server breaks. */
 const refuses = (name: string, says: RegExp, provider: Provider, claims = {}, header = {}) =>
   test(`${name} → 401 invalid_token`, async () => {
     const { status, error, reason } = await play(provider, claims, header);

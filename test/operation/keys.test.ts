@@ -74,7 +74,7 @@ async function start(table: Table, options: Options = {}) {
     const { status, json } = await send(`${running.url}/health`);
     return `${status} ${json.status}`;
   };
-  /** Moves the clock on, and waits until a poll at that time has swept what it alone can sweep. */
+  /** Moves the clock on, and waits until a poll has deleted a row that is due only since then. */
   const poll = async (now = clock.now + 1) => {
     const id = `mark ${crypto.randomUUID()}`;
     await table.change(`INSERT INTO used_jtis VALUES ('${id}', ${now - 901})`);
@@ -444,9 +444,9 @@ for (const { engine, make, isMissing } of engines) {
       await table.change(`ALTER TABLE elsewhere RENAME TO ${lost}`);
       await becomes("200 ok");
       await poll();
-      const { length } = reports("database back");
+      const length = reports("database back").length;
       for (let polls = 0; polls < 3; polls++) await poll();
-      expect(reports("database back").slice(1)).toHaveLength(length - 1);
+      expect([length > 0, reports("database back").length]).toEqual([true, length]);
       expect(await shows()).toBe("1 of 1,2");
       expect(await table.rows()).toEqual(rows);
     });

@@ -42,8 +42,8 @@ describe("starting", () => {
     expect(await ask(first.tokenEndpoint, "client")).toEqual([200, 3600]);
     expect(await ask(first.tokenEndpoint, "tenant")).toEqual([401, undefined]);
     expect(await ask(second.tokenEndpoint, "client")).toEqual([401, undefined]);
-    const kids = new Set([...first.lines, ...second.lines].map(({ kid }) => kid));
-    expect(kids.size).toBe(4 + 1); // two keys each, and none in a refusal
+    const kids = [...first.lines, ...second.lines].flatMap(({ kid }) => kid ?? []);
+    expect(new Set(kids).size).toBe(4); // two keys each
     await first.stop();
     expect(await isRefused(first.url)).toBe(true);
     expect(await ask(second.tokenEndpoint, "tenant")).toEqual([200, 60]);
