@@ -196,32 +196,28 @@ function locked({ file }: Table): { release: () => void } {
   return { release: () => other.close() };
 }
 
-scenario(
-  onSqlite,
-  "a lock delays a start, and what is used once; a long one refuses that",
-  async (table) => {
-    const first = locked(table);
-    const { url, program, started } = launched(table.url);
-    table.users.push(program);
-    const files = () => Bun.spawnSync(["ls", "-l", `/proc/${program.process.pid}/fd`]).stdout;
-    await eventually("it opens the file", () => `${files()}`.includes(table.file));
-    await Bun.sleep(300); // longer than SQLite itself waits
-    expect(program.stderr).toBe("");
-    first.release();
-    await started();
-    expect(program.stderr).toMatch(/^started: [^\n]+\n$/);
-    expect(await health(url)).toBe("ok");
-    const second = locked(table);
-    expect(refusalOf(await assert(url))).toBe("503 temporarily_unavailable");
-    expect(await statusOf(token(url))).toBe(200);
-    await becomes(url, "degraded");
-    const late = assert(url);
-    await Bun.sleep(700); // the server asks SQLite again for 2 s
-    second.release();
-    expect(await statusOf(late)).toBe(200);
-    await becomes(url, "ok");
-  },
-);
+scenario(onSqlite, "a lock delays a start and a first use, or refuses that", async (table) => {
+  const first = locked(table);
+  const { url, program, started } = launched(table.url);
+  table.users.push(program);
+  const files = () => Bun.spawnSync(["ls", "-l", `/proc/${program.process.pid}/fd`]).stdout;
+  await eventually("it opens the file", () => `${files()}`.includes(table.file));
+  await Bun.sleep(300); // longer than SQLite itself waits
+  expect(program.stderr).toBe("");
+  first.release();
+  await started();
+  expect(program.stderr).toMatch(/^started: [^\n]+\n$/);
+  expect(await health(url)).toBe("ok");
+  const second = locked(table);
+  expect(refusalOf(await assert(url))).toBe("503 temporarily_unavailable");
+  expect(await statusOf(token(url))).toBe(200);
+  await becomes(url, "degraded");
+  const late = assert(url);
+  await Bun.sleep(700); // the server asks SQLite again for 2 s
+  second.release();
+  expect(await statusOf(late)).toBe(200);
+  await becomes(url, "ok");
+});
 
 const noLimit = Bun.which("prlimit") ? "" : " (needs prlimit)";
 const disk = { ...onSqlite, isMissing: noLimit !== "" };
