@@ -24,8 +24,8 @@ export type Claims = Readonly<
 // --- Errors --------------------------------------------------------------------------------------
 
 /**
- * RFC 6750 §3.1, RFC 9449 §7.1: each code with its status and a constant text. The first and the
- * last code are for the log alone.
+ * RFC 6750 §3.1, RFC 9449 §7.1: each code with its status and a constant text. No challenge
+ * names the first or the last code; the caller sees their status and text.
  */
 const errors = {
   no_credentials: [401, "An access token is needed."],
@@ -229,9 +229,9 @@ async function verifyProof(settings: Settings, request: Request, claims: Claims)
   // never Host or X-Forwarded-*, which anybody can write.
   const { href } = new URL(config.pathOf(request, settings.resource) ?? "", settings.resource);
   const [target] = URL.parse(config.isText(htu) ? htu : "")?.href.split(/[?#]/) ?? [];
-  const found = JSON.stringify([htm, htu]);
+  const named = JSON.stringify([htm, htu]);
   const isForThis = htm === request.method && target === href;
-  refuseUnless(isForThis, `The DPoP proof is for ${found}, this is ${request.method} ${href}.`);
+  refuseUnless(isForThis, `The DPoP proof is for ${named}, this is ${request.method} ${href}.`);
   const [, accessToken = ""] = (request.headers.get("authorization") ?? "").split(/ +/);
   const hash = config.sha256(accessToken, "base64url");
   refuseUnless(ath === hash, "The ath of the DPoP proof is of another token.");
@@ -282,6 +282,7 @@ class IssuerKeys extends config.PublicKeys {
     // No call waits for newer keys, as long as there are any: the timer fetches them.
     const ages = { refetchAfterSeconds: keepKeysSeconds, keepSeconds: keepKeysSeconds };
     super({ fetchKeys, coolDownSeconds, ...ages, clock });
+    // An API that has no keys fetches them at the next call or /health.
     const refreshKnown = () => this.areUsable && this.refreshInBackground();
     this.#timer = setInterval(refreshKnown, refreshSeconds * 1000).unref();
   }

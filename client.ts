@@ -56,8 +56,8 @@ async function discoverTokenEndpoint(settings: Settings): Promise<string> {
   const { origin } = new URL(issuer);
   const url = config.isText(endpoint) ? URL.parse(endpoint)?.href : undefined;
   // RFC 6749 §3.2: the endpoint has no fragment.
-  const isOwn = url?.startsWith(`${origin}/`) && !url.includes("#");
-  step.require(isOwn, metadata, "token_endpoint", `a URL of ${origin}`);
+  const isAtIssuer = url?.startsWith(`${origin}/`) && !url.includes("#");
+  step.require(isAtIssuer, metadata, "token_endpoint", `a URL of ${origin}`);
   return String(endpoint);
 }
 
@@ -90,9 +90,9 @@ export class TokenSource {
   /**
    * A fetch with the token, for the API's origin alone. It sends the request once more if the API
    * answers 401 `invalid_token`, with a new token, or `use_dpop_nonce`, with that nonce; but not if
-   * the body can be read only once. It differs from `fetch` in one thing: redirects are not
-   * followed, for the token is not for other hosts. The caller's signal ends the call; a
-   * request for a token has 10 s for each of its steps.
+   * the body can be read only once. Unlike `fetch` it follows no redirect, for the token is not for
+   * other hosts, and takes of a Request only its method, header fields, body and signal. The signal
+   * ends the call; a request for a token has 10 s for each of its steps.
    */
   async fetch(input: string | URL | Request, init: RequestInit = {}): Promise<Response> {
     const url = input instanceof Request ? input.url : String(new URL(input));
@@ -161,14 +161,15 @@ export class TokenSource {
 
 /** What a token response must have to be used. */
 function checkedResponse(step: Step, members: config.Members, dpop: boolean): TokenResponse {
-  const { access_token, token_type, expires_in = 1 } = members; // expires_in may be absent
+  const { access_token, token_type, expires_in } = members;
   // RFC 9449 §5: a token that is not bound although that was asked for is discarded.
   const type = dpop ? "DPoP" : "Bearer";
   const isType = config.isText(token_type) && token_type.toLowerCase() === type.toLowerCase();
   step.require(isType, members, "token_type", type);
   const isToken = config.isText(access_token) && /^[\w.~+/-]+=*$/.test(access_token);
   step.require(isToken, members, "access_token", "text as RFC 6750 §2.1 has it");
-  const isLifetime = Number.isFinite(expires_in) && Number(expires_in) > 0;
+  const isNumber = Number.isFinite(expires_in) && Number(expires_in) > 0;
+  const isLifetime = isNumber || expires_in === undefined;
   step.require(isLifetime, members, "expires_in", "a number of seconds over 0");
   return members as TokenResponse;
 }
@@ -301,7 +302,7 @@ class Step {
   async membersOf(answer: Response): Promise<config.Members> {
     const { status } = answer;
     const document: unknown = await answer.json().catch(() => undefined);
-    const members = Object(document) as config.Members; // an object or list as it is
+    const members = Object(document) as config.Members; // wraps what is no object or list
     if (status === 200 && document === members) return members;
     if (status === 200) throw new StepError(this, "200 The answer is no JSON object");
     const { error, error_description: description } = members;

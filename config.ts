@@ -93,7 +93,7 @@ export const authorizationServer = {
     maxAgeSeconds: 60,
     /** How often an API fetches the keys of the issuer, and the issuer those of a `jwks_uri`. */
     refreshSeconds: 300,
-    /** How long either waits after a fetch before the next, for a JWT that names an unknown key. */
+    /** After a fetch, how long either waits before an unknown key may cause another. */
     coolDownSeconds: 5,
   },
   databaseUrl: env["DATABASE_URL"] || "sqlite://keys/keys.db",
@@ -137,6 +137,7 @@ export const client = {
   /** Binds the tokens to a key of this process (RFC 9449). */
   dpop: Boolean(env["DPOP"]) && env["DPOP"] !== "0",
   tls,
+  /** For the renewal of tokens alone; assertions and proofs carry the time of the machine. */
   clock: () => Date.now(),
   /** The first proxy variable that is set, for a hint when a connection fails. */
   proxyVariable: ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"].find((name) => env[name]),
@@ -147,7 +148,7 @@ export type ResourceServerSettings = typeof resourceServer;
 export type ClientSettings = typeof client;
 type TlsFiles = typeof tls;
 
-// --- Plumbing (a first reader can stop here): words that all share -------------------------------
+// --- Plumbing (a first reader can stop here): what all share -------------------------------
 
 /** How far the clocks of two machines may differ. */
 export const leewaySeconds = 30;
@@ -185,7 +186,7 @@ export class Refusal<Code extends string = string> extends Error {
   }
 }
 
-/** For a step that can fail: makes what jose or a decoder throws a refusal with this code. */
+/** For `.catch`: turns what jose or a decoder threw into a refusal with this code. */
 export function refuseAs<Code extends string>(code: Code, thing: string, details?: Members) {
   return (error: unknown): never => {
     if (error instanceof Refusal) throw error;
@@ -288,14 +289,15 @@ function readPair(certificateFile = "", keyFile = "", remedy: string) {
 async function developmentPair(file: string) {
   const read = () =>
     readPair(file, file, `${file} is damaged. Delete it, and the next start makes a new one.`);
-  const isOutdated = () => {
+  const isUnfit = () => {
     const { certificate } = read();
     // One that is an authority could sign for other names.
     return certificate.ca || Date.parse(certificate.validTo) < Date.now();
   };
-  if (!existsSync(file) || isOutdated()) {
+  if (!existsSync(file) || isUnfit()) {
     const draft = await makeCertificate(file);
-    if (existsSync(file) && isOutdated()) rmSync(file);
+    // Asked again, for another program may have put its own there while openssl ran.
+    if (existsSync(file) && isUnfit()) rmSync(file);
     // link() never overwrites: if another program has put its certificate there, that one stays.
     await link(draft, file).catch(() => {});
     rmSync(draft);
@@ -324,8 +326,8 @@ async function makeCertificate(file: string): Promise<string> {
 
 /**
  * A fetch that never follows a redirect, for Bun would send the body and the proof to another host.
- * A loopback host is reached without a proxy, which would read the secret, and is trusted with the
- * certificate that the servers here use.
+ * A loopback host is reached directly, for a proxy would read the secret, and the certificate of
+ * our own servers is trusted there.
  */
 export async function directFetch(
   url: string,
@@ -357,7 +359,7 @@ export async function boundedFetch(url: string, init: BunFetchRequestInit, files
 
 /** The members of the JSON object that a GET answers. Rejects unless the answer is 200 and JSON. */
 export async function fetchJson(url: string, signal: AbortSignal, files: TlsFiles) {
-  parseServerUrl("The address", url.split("?")[0] ?? "", "other");
+  parseServerUrl("The address", URL.parse(url)?.href.split("?")[0] ?? "", "other");
   const response = await boundedFetch(url, { signal }, files);
   if (response.status !== 200) throw new Error(`Status ${response.status} came from ${url}.`);
   return Object(await response.json()) as Members;
@@ -378,7 +380,7 @@ export async function fetchJwkSet(url: string, signal: AbortSignal, files: TlsFi
 interface KeyRules {
   fetchKeys: (signal: AbortSignal) => Promise<jose.JWK[]>;
   coolDownSeconds: number;
-  /** A use of older keys waits for new ones. If there are none, the old ones are used. */
+  /** From this age on, a use first tries to fetch new keys; if that fails, it takes these. */
   refetchAfterSeconds: number;
   /** Older keys are used no longer. */
   keepSeconds: number;
@@ -404,7 +406,7 @@ export class PublicKeys {
     this.#rules = rules;
   }
 
-  /** Also if the clock was set back since. */
+  /** A clock that was set back counts like time that passed. */
   #secondsSince(time: number): number {
     return Math.abs(this.#rules.clock() - time) / 1000;
   }
@@ -597,7 +599,7 @@ export class Log {
     else if (to !== "off") this.#sink = to;
   }
 
-  /** Writes one line. Whoever calls bounds what comes from a request. */
+  /** Writes one line. The caller shortens what comes from a request. */
   write(event: string, details: Members): void {
     if (this.#waitingCharacters > maxWaitingCharacters) {
       this.#dropped++;
@@ -606,7 +608,7 @@ export class Log {
     const dropped = this.#dropped || undefined; // JSON leaves out what is undefined
     this.#dropped = 0;
     const entry = { time: new Date().toISOString(), event, ...details, dropped };
-    // JSON leaves characters as they are that end a line or move a cursor somewhere.
+    // JSON does not escape all characters that end a line or move a cursor.
     const line = `${JSON.stringify(entry).replace(/[\x7f-\x9f\u2000-\u206f]/g, "?")}\n`;
     const written = this.#sink?.write(line);
     if (!(written instanceof Promise)) return;

@@ -38,7 +38,10 @@ interface Server {
 }
 
 const jwtBearer = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"; // RFC 7523 §2.2
-/** Choice: each assertion has a `jti` and an `exp` so near, for it is remembered until then. */
+/**
+ * Choice: an assertion needs a `jti`, and an `exp` at most this far ahead, because it is remembered
+ * until it expires.
+ */
 const assertionMaxSeconds = 600;
 /** With a public issuer no shorter secret is accepted. `bun run secret` makes 43 characters. */
 const minSecretCharacters = 32;
@@ -120,8 +123,8 @@ function resourceFor({ scopesAt }: Client, form: Form): string {
   // Choice: RFC 6749 §3.3 leaves open what no scope means. Here it is all that the client has, if
   // that is at one resource. Else the first scope says which resource; scopeAt checks the others.
   const [first] = form.get("scope")?.split(" ") ?? [];
-  const fitting = [...scopesAt].filter(([, scopes]) => !first || scopes.includes(first));
-  const [found, ...others] = fitting.map(([resource]) => resource);
+  const fits = (resource: string) => !first || scopesAt.get(resource)?.includes(first);
+  const [found, ...others] = [...scopesAt.keys()].filter(fits);
   check(found, "invalid_scope", `The client may not have scope ${first?.slice(0, 100)}.`);
   check(others.length === 0, "invalid_scope", "The client has several APIs, and names none.");
   return found;
@@ -238,15 +241,18 @@ async function presentedCredentials(authorization: string | null, form: Form) {
 }
 
 /**
- * How many Authorization fields came. Several arrive as one, joined by a comma; a comma that joins
- * is one that a scheme follows: a word, and then a space or the end.
+ * How many Authorization fields came. Several arrive as one, joined by commas. A comma joins two
+ * fields if a scheme follows: a word, and then a space or the end.
  */
 function countFields(authorization: string | null): number {
   const withoutQuotedText = authorization?.replace(/"[^"]*"/g, "");
   return withoutQuotedText?.split(/, *(?=[^\s=,"]+(?: |$))/).length ?? 0;
 }
 
-/** RFC 6749 §2.3.1: id and secret are form-encoded within the credentials of RFC 7617 §2. */
+/**
+ * RFC 6749 §2.3.1: id and secret are form-encoded within the credentials of RFC 7617 §2. It is
+ * async so that one `.catch` takes all that is thrown, also by a decoder.
+ */
 async function basicCredentials(authorization: string): Promise<Credentials> {
   const [, encoded] = /^Basic +(\S+)$/i.exec(authorization) ?? [];
   check(encoded, "invalid_client", "The Authorization field has no Basic credentials.");
@@ -269,7 +275,7 @@ async function assertionCredentials(form: Form): Promise<Credentials> {
 
 // --- Client authentication and proof of possession -----------------------------------------------
 
-/** Resolves with the client if the credentials prove that it is the one. */
+/** Resolves with the client if the credentials are its own. */
 async function authenticate(server: Server, client: Client | undefined, credentials: Credentials) {
   check(credentials.kind !== "none", "invalid_client", "The request has no credentials.");
   // Also for an unknown client, which must not be told apart by the time that it takes.
@@ -280,7 +286,7 @@ async function authenticate(server: Server, client: Client | undefined, credenti
   return client;
 }
 
-/** For unknown clients: as long as a SHA-256 in base64, and equal to none. */
+/** For who has no secret, as an unknown client: as long as a SHA-256 in base64, equal to none. */
 const dummySecrets: { sha256: string; expires_at?: number }[] = [{ sha256: " ".repeat(44) }];
 
 /** Compares by SHA-256, in constant time. Throws a refusal unless the secret is right. */
@@ -297,13 +303,13 @@ function verifySecret(settings: Settings, client: Client | undefined, { secret, 
     const presented = Buffer.from(config.sha256(text, "base64"));
     return registered.filter(({ sha256 }) => timingSafeEqual(Buffer.from(sha256), presented));
   };
-  const found = equalTo(secret);
+  const matching = equalTo(secret);
   const now = config.secondsAt(settings.clock);
   // An empty secret is right for nobody, even if somebody registered its hash.
-  if (secret && found.some(({ expires_at = Infinity }) => expires_at > now)) return;
+  if (secret && matching.some(({ expires_at = Infinity }) => expires_at > now)) return;
   const isRaw = equalTo(raw).length > 0;
   check(client, "invalid_client", "The client is unknown.");
-  check(found.length === 0, "invalid_client", "The secret has expired.");
+  check(matching.length === 0, "invalid_client", "The secret has expired.");
   check(!isRaw, "invalid_client", "The secret is right, but not form-encoded (RFC 6749 §2.3.1).");
   throw new config.Refusal<ErrorCode>("invalid_client", "The secret is wrong.");
 }
@@ -374,8 +380,8 @@ async function verifyProof({ settings, tokenEndpoint, keyStore }: Server, proof:
   // §4.3 (9): without query and fragment, normalized by `new URL`.
   const [target] = URL.parse(config.isText(htu) ? htu : "")?.href.split(/[?#]/) ?? [];
   const isForUs = htm === "POST" && target === tokenEndpoint;
-  const found = JSON.stringify([htm, htu]);
-  check(isForUs, code, `The DPoP proof is for ${found}, this is POST ${tokenEndpoint}.`);
+  const named = JSON.stringify([htm, htu]);
+  check(isForUs, code, `The DPoP proof is for ${named}, this is POST ${tokenEndpoint}.`);
   check(config.isText(jti), code, "The DPoP proof has no jti.");
   const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
   const expires_at = iat + config.proofMaxAgeSeconds;
@@ -404,7 +410,7 @@ function metadata({ settings, tokenEndpoint }: Server): object {
   };
 }
 
-const jwkSet = ({ keyStore }: Server) => ({ keys: keyStore.publicKeys() });
+const jwkSet = ({ keyStore }: Server) => ({ keys: keyStore.publishedKeys() });
 
 /** Whether this instance should get requests. */
 function health({ keyStore, lifecycle }: Server): Response {
@@ -513,7 +519,7 @@ class KeyStore {
   }
 
   /** The public members of every key until it is removed, also of an algorithm used no longer. */
-  publicKeys(): jose.JWK[] {
+  publishedKeys(): jose.JWK[] {
     const at = this.#now();
     return this.#keys.filter(({ removed_at }) => removed_at > at).map(({ publicJwk }) => publicJwk);
   }
@@ -549,11 +555,12 @@ class KeyStore {
 
   async #prepare(): Promise<void> {
     if (this.#sqliteFile) {
-      // It runs on the event loop, so it must not wait for long. What is deleted is overwritten.
+      // SQLite blocks the event loop, so it waits 100 ms at most. secure_delete overwrites what is
+      // deleted.
       await this.#sql.unsafe("PRAGMA busy_timeout = 100; PRAGMA secure_delete = ON");
       await this.#sql.unsafe("PRAGMA synchronous = NORMAL");
       await this.#sql.unsafe("PRAGMA journal_mode = WAL").catch((error) => {
-        // A file that can only be read keeps its mode.
+        // A file that can only be read cannot change its journal mode, and works without.
         if (mayHeal(error)) throw error;
       });
     }
@@ -614,7 +621,7 @@ class KeyStore {
 
   /** At the start, a key in use that cannot be opened is fatal; later it is logged and skipped. */
   #requireUsableKeys(rows: Row[], at: number): void {
-    const remedy = "Add the secret that sealed it to KEY_ENCRYPTION_SECRET, or delete its row.";
+    const remedy = "KEY_ENCRYPTION_SECRET lacks the secret that sealed it, or none if it is clear.";
     for (const alg of this.#settings.signingKeys.algorithms) {
       const inUse = rows.find((row) => row.alg === alg && row.signs_until > at);
       if (inUse && this.signingKey(at, alg)?.generation !== inUse.generation)
@@ -683,8 +690,9 @@ class KeyStore {
 
   /**
    * Deletes what expired a while ago, and writes a row of its own to see that writing works. A key
-   * is deleted only if that moment lies between two polls. So an instance whose clock is wrong, or
-   * jumps, deletes no key of the others; a key that expired while no poll succeeded stays, unused.
+   * is deleted only by an instance that polled shortly before and after that moment. So one whose
+   * clock is wrong, or jumps, deletes no key of the others; a key that expired while no poll
+   * succeeded stays, unused.
    */
   async #sweep(at: number): Promise<void> {
     const since = this.#polledAt - sweepDelaySeconds;
@@ -701,15 +709,15 @@ class KeyStore {
   }
 
   /**
-   * Uses up what identifies a JWT until it is accepted no longer. Resolves with whether it was new,
-   * to exactly one caller among all instances. Rejects with a refusal if the database is away.
+   * Remembers that a JWT was used, for as long as it would be accepted. Resolves with whether it
+   * was new, to one caller of all instances. Rejects with a refusal if the database is away.
    */
   async useOnce(identifier: string[], expires_at: number): Promise<boolean> {
     const id = config.sha256(JSON.stringify(identifier), "base64url");
     this.#nextBatch ??= this.#startBatch();
     const { rows, inserted } = this.#nextBatch;
     rows.push({ id, expires_at: Math.ceil(expires_at) });
-    // A batch takes no more once it is full, for an engine bounds the parameters, or on its way.
+    // A batch takes no more when it is full, for databases limit the parameters, or under way.
     if (rows.length === 500) this.#nextBatch = undefined;
     const newIds = await inTime(inserted).catch((error: unknown) => {
       this.#reportAway(error);
@@ -778,7 +786,8 @@ class Sealing {
   }
 
   /**
-   * The key of a row. Rejects for one that cannot be opened, or whose kid or dates were changed.
+   * The key of a row. Rejects for one that cannot be opened, or whose kid is not its own; for a
+   * sealed one also if its dates were changed.
    */
   async open(row: Row): Promise<SigningKey> {
     const jwk: jose.JWK = JSON.parse(await this.#unseal(row));
@@ -817,7 +826,7 @@ function sealedHeader({ alg: key_alg, kid, signs_from, signs_until, removed_at }
 
 // --- Checking the settings -----------------------------------------------------------------------
 
-/** What a token says by itself (RFC 9068 §2.2, RFC 7800 §3.1). */
+/** The claims that this server sets itself (RFC 9068 §2.2, RFC 7800 §3.1). */
 const ownClaims = ["iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "cnf"];
 
 /** Throws an Error that names the field unless the rule holds. */
@@ -840,8 +849,8 @@ function checkSettings({ databaseUrl, acceptedAlgorithms, signingKeys, scopes }:
   mustHold(algorithms[0] && areAccepted, "signingKeys.algorithms must be of acceptedAlgorithms");
   for (const { scope, resource } of scopes) {
     const isUri = URL.canParse(resource) && !resource.includes("#"); // RFC 8707 §2
-    const isAlone = scopes.filter((other) => other.scope === scope).length === 1;
-    mustHold(isUri && isAlone, `scopes: ${scope}: needs one resource, which is a URI`);
+    const isUnique = scopes.filter((other) => other.scope === scope).length === 1;
+    mustHold(isUri && isUnique, `scopes: ${scope}: needs one resource, which is a URI`);
   }
 }
 
@@ -849,8 +858,8 @@ function checkClient(client: config.ClientRegistration, settings: Settings): voi
   const { client_id, client_secrets = [], jwks, jwks_uri, claims = {} } = client;
   const { token_endpoint_auth_signing_alg: alg, access_token_lifetime_seconds: lifetime } = client;
   const rule = (holds: unknown, text: string) => mustHold(holds, `clients: ${client_id}: ${text}`);
-  const isAlone = settings.clients.filter((other) => other.client_id === client_id).length === 1;
-  rule(client_id && isAlone, "client_id is empty or there twice");
+  const isUnique = settings.clients.filter((other) => other.client_id === client_id).length === 1;
+  rule(client_id && isUnique, "client_id is empty or there twice");
   const scopes = settings.scopes.map(({ scope }) => scope);
   const areScopes = client.scope.split(" ").every((name) => scopes.includes(name));
   rule(areScopes, "scope is not in scopes");
@@ -882,6 +891,7 @@ function readyClient(client: config.ClientRegistration, settings: Settings): Cli
   const fetchKeys = async (signal: AbortSignal) =>
     jwks_uri ? await config.fetchJwkSet(jwks_uri, signal, tls) : (jwks?.keys ?? []);
   const { refreshSeconds, coolDownSeconds } = signingKeys;
+  // The last known keys count for a day, as at the API (keepKeysSeconds).
   const ages = { coolDownSeconds, refetchAfterSeconds: refreshSeconds, keepSeconds: 86_400 };
   return { ...client, scopesAt, publicKeys: new config.PublicKeys({ fetchKeys, ...ages, clock }) };
 }
