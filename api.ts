@@ -49,7 +49,7 @@ function check(holds: unknown, code: ErrorCode, reason: string, details = {}): a
 const routes = (api: ResourceServer): config.Routes => ({
   "GET /identity": async (request) => {
     const claims = await api.authorize(request, api.settings.scope);
-    return new Response(identityText(claims), { headers: jsonHeaders });
+    return Response.json(identityOf(claims), { headers: jsonHeaders });
   },
   "GET /.well-known/oauth-protected-resource": () =>
     Response.json(metadata(api.settings), { headers: jsonHeaders }),
@@ -60,26 +60,17 @@ const routes = (api: ResourceServer): config.Routes => ({
  * The JSON body of a request, for a POST. Rejects with a refusal, status 400, if it is malformed.
  */
 export async function jsonBody(request: Request): Promise<unknown> {
-  return await request.json().catch(refuseAs("invalid_request", "The body"));
+  return await request.json().catch(() => check(false, "invalid_request", "The body is no JSON."));
 }
 
 const jsonHeaders = { "cache-control": "no-store", "content-type": "application/json" };
-// Making the text takes a tenth of a call with a remembered token, and claims never change.
-const identityTexts = new WeakMap<Claims, string>();
 
-/**
- * The claims as a list of types and values, each value a string; a list gives an entry a member.
- */
-function identityText(claims: Claims): string {
-  const known = identityTexts.get(claims);
-  if (known) return known;
+/** Types and values, each value a string; a claim that is a list becomes one entry per member. */
+function identityOf(claims: Claims): { type: string; value: string }[] {
   const asText = (value: unknown) => (typeof value === "string" ? value : JSON.stringify(value));
-  const entries = Object.entries(claims).flatMap(([type, value]) =>
+  return Object.entries(claims).flatMap(([type, value]) =>
     [value].flat().map((member) => ({ type, value: asText(member) })),
   );
-  const text = JSON.stringify(entries);
-  identityTexts.set(claims, text);
-  return text;
 }
 
 // --- Authorization -------------------------------------------------------------------------------
@@ -216,15 +207,12 @@ async function verifyProof(settings: Settings, request: Request, claims: Claims)
   const refuseUnless = (holds: unknown, reason: string) => check(holds, code, reason, details);
   const proof = request.headers.get("dpop") ?? "";
   const rules = { ...config.jwtRules(settings), ...config.proofRules };
-  const verifying = jose.jwtVerify(proof, jose.EmbeddedJWK, rules);
+  const verifying = jose.jwtVerify(proof, config.proofKey, rules);
   const refuseProof = refuseAs(code, "The DPoP proof", details);
   const { payload, protectedHeader } = await verifying.catch(refuseProof);
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, jti, ath } = payload;
   refuseUnless(!crit, "The DPoP proof has a crit header.");
-  // §4.3 (7). jose lets an RSA key with p and q pass.
-  const isPublic = !config.privateMembers.some((member) => member in jwk);
-  refuseUnless(isPublic, "The DPoP proof shows a private key.");
   // §4.3 (9): without query and fragment, normalized by `new URL`. Our side is the configured URL,
   // never Host or X-Forwarded-*, which anybody can write.
   const { href } = new URL(config.pathOf(request, settings.resource) ?? "", settings.resource);
@@ -252,8 +240,7 @@ class UsedProofs {
   /** Throws a refusal if the proof was used before. At most `maximum` are remembered. */
   use(client_id: string, proof: string, maximum: number): void {
     const proofs = this.#byClient.get(client_id) ?? new Set();
-    const isNew = !proofs.has(proof);
-    check(isNew, "invalid_dpop_proof", "The DPoP proof was used before.", { client_id });
+    check(!proofs.has(proof), "invalid_dpop_proof", "The DPoP proof is used up.", { client_id });
     this.#byClient.set(client_id, proofs.add(proof));
     this.#count++;
     if (this.#count <= maximum) return;

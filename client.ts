@@ -110,6 +110,7 @@ export class TokenSource {
     // RFC 9449 §9: an API may want its nonce in the proof.
     const isReadOnce = Symbol.asyncIterator in Object(request.body);
     if (isReadOnce || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
+    await answer.body?.cancel();
     return await this.#call(url, request, await this.accessToken());
   }
 
@@ -168,9 +169,8 @@ function checkedResponse(step: Step, members: config.Members, dpop: boolean): To
   step.require(isType, members, "token_type", type);
   const isToken = config.isText(access_token) && /^[\w.~+/-]+=*$/.test(access_token);
   step.require(isToken, members, "access_token", "text as RFC 6750 §2.1 has it");
-  const isNumber = Number.isFinite(expires_in) && Number(expires_in) > 0;
-  const isLifetime = isNumber || expires_in === undefined;
-  step.require(isLifetime, members, "expires_in", "a number of seconds over 0");
+  const isLifetime = Number.isFinite(expires_in) && Number(expires_in) > 0;
+  if (expires_in !== undefined) step.require(isLifetime, members, "expires_in", "a number over 0");
   return members as TokenResponse;
 }
 
@@ -321,7 +321,8 @@ class Step {
 
 /** The `error` in the challenge of a 401 or 403 (RFC 6750 §3), or "". */
 function challengeError({ headers }: Response): string {
-  return /error="([^"]*)"/.exec(headers.get("www-authenticate") ?? "")?.[1] ?? "";
+  const pattern = /[\s,]error\s*=\s*"?([^\s",]*)/i; // RFC 9110 §11.2: quoted or not
+  return pattern.exec(headers.get("www-authenticate") ?? "")?.[1] ?? "";
 }
 
 /** What is not ASCII, as JSON escapes it: no text of a server plays tricks on a terminal. */

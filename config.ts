@@ -212,6 +212,17 @@ export const jwtRules = ({ acceptedAlgorithms, clock }: JwtSettings) => ({
   currentDate: new Date(clock()),
 });
 
+/**
+ * The key that a DPoP proof shows, for jose (RFC 9449 §4.3). Throws for a private one (7), of which
+ * jose lets RSA keys with p and q pass, and for one that is so long that it would waste our time.
+ */
+export const proofKey: jose.JWTVerifyGetKey = async (header, jws) => {
+  const { jwk = {} } = header;
+  if (privateMembers.some((name) => name in jwk)) throw new Error("The jwk is a private key");
+  if ((jwk.n ?? "").length > 700) throw new Error("The jwk has over 4096 bits");
+  return await jose.EmbeddedJWK(header, jws);
+};
+
 /** What jose checks of a DPoP proof besides (RFC 9449 §4.3). jose adds the leeway. */
 export const proofRules = { typ: "dpop+jwt", maxTokenAge: proofMaxAgeSeconds - leewaySeconds };
 
@@ -557,15 +568,17 @@ type Running = { url: string; stop: () => Promise<void> };
  */
 export async function runProgram(name: string, start: () => Promise<Running>) {
   requireBunVersion();
-  const { url, stop } = await start().catch(fail);
+  let running: Running | undefined;
   let signals = 0;
   const onSignal = async () => {
     signals++;
-    if (signals === 1) await stop();
+    if (signals === 1) await running?.stop();
     process.exit(signals === 1 ? 0 : 1);
   };
+  // Also while it starts: the first process of a container ignores signals that it does not handle.
   process.on("SIGTERM", onSignal).on("SIGINT", onSignal);
-  console.error(`${name}: ${url}`);
+  running = await start().catch(fail);
+  console.error(`${name}: ${running.url}`);
 }
 
 /** Ends the program: one line on stderr, exit code 1. */

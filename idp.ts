@@ -369,14 +369,11 @@ async function boundKey(server: Server, client: Client, proof: string | null) {
 async function verifyProof({ settings, tokenEndpoint, keyStore }: Server, proof: string) {
   const code = "invalid_dpop_proof";
   const rules = { ...config.jwtRules(settings), ...config.proofRules };
-  const verifying = jose.jwtVerify(proof, jose.EmbeddedJWK, rules);
+  const verifying = jose.jwtVerify(proof, config.proofKey, rules);
   const { payload, protectedHeader } = await verifying.catch(refuseAs(code, "The DPoP proof"));
   const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti } = payload;
   check(!crit, code, "The DPoP proof has a crit header.");
-  // §4.3 (7). jose lets an RSA key with p and q pass.
-  const isPublic = !config.privateMembers.some((member) => member in jwk);
-  check(isPublic, code, "The DPoP proof shows a private key.");
   // §4.3 (9): without query and fragment, normalized by `new URL`.
   const [target] = URL.parse(config.isText(htu) ? htu : "")?.href.split(/[?#]/) ?? [];
   const isForUs = htm === "POST" && target === tokenEndpoint;
@@ -520,8 +517,10 @@ class KeyStore {
 
   /** The public members of every key until it is removed, also of an algorithm used no longer. */
   publishedKeys(): jose.JWK[] {
-    const at = this.#now();
-    return this.#keys.filter(({ removed_at }) => removed_at > at).map(({ publicJwk }) => publicJwk);
+    const published = this.#keys.filter(({ removed_at }) => removed_at > this.#now());
+    // For an API, an empty set would withdraw all keys.
+    check(published[0], "temporarily_unavailable", "There is no key to publish.");
+    return published.map(({ publicJwk }) => publicJwk);
   }
 
   /** Opens the database, and makes what is missing in it. Rejects if it cannot be used. */
@@ -697,11 +696,13 @@ class KeyStore {
   async #sweep(at: number): Promise<void> {
     const since = this.#polledAt - sweepDelaySeconds;
     const until = at - sweepDelaySeconds;
-    if (at - this.#polledAt <= sweepDelaySeconds)
+    if (at - this.#polledAt <= sweepDelaySeconds) {
       await inTime(this.#sql`DELETE FROM signing_keys
         WHERE removed_at > ${since} AND removed_at <= ${until}`);
+      await inTime(this.#sql`DELETE FROM used_jtis
+        WHERE expires_at > ${since} AND expires_at <= ${until} OR expires_at < ${at - 86_400}`);
+    }
     this.#polledAt = at;
-    await inTime(this.#sql`DELETE FROM used_jtis WHERE expires_at < ${until}`);
     await inTime(this.#sql`INSERT INTO used_jtis ${this.#sql({ id: "last poll", expires_at: at })}
       ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at`);
     // No private key stays in the journal.

@@ -511,6 +511,7 @@ const returned: [name: string, api: Reply, status: number, calls: number, tokens
   ["400 invalid_token", () => challenge('Bearer error="invalid_token"', 400), 400, 1, 1],
   ["403 invalid_token", () => challenge('Bearer error="invalid_token"', 403), 403, 1, 1],
   ["401 invalid_token, the new token too", expired, 401, 2, 2],
+  ["401 invalid_token as a token", () => challenge("Bearer a=b, Error = invalid_token"), 401, 2, 2],
 ];
 for (const status of redirects)
   returned.push([`redirect ${status}`, () => plain("", status, { location }), status, 1, 1]);
@@ -522,6 +523,18 @@ for (const [name, reply, status, calls, requests] of returned)
     expect([of("api").length, of("token").length]).toEqual([calls, requests]);
     expect(stranger.requests).toEqual([]);
   });
+
+test("fetch, RFC 6750 §3.1 invalid_token with a body that does not end → given up", async () => {
+  const given = Promise.withResolvers<void>();
+  const pull = (controller: ReadableStreamDefaultController) => controller.enqueue("x");
+  const endless = () => new ReadableStream({ pull, cancel: () => given.resolve() });
+  const headers = { "www-authenticate": 'Bearer error="invalid_token"' };
+  const reply: Reply = ({ nth }) =>
+    nth > 1 ? plain("yes") : new Response(endless(), { status: 401, headers });
+  const { tokens, api } = play({ api: reply });
+  expect(await (await tokens.fetch(api)).text()).toBe("yes");
+  await given.promise;
+});
 
 test("fetch, RFC 6750 §3.1 no new token to be had → the error of the token request", async () => {
   const once: Reply = ({ nth }) => (nth > 1 ? plain("", 503) : token(nth));
@@ -666,11 +679,8 @@ describe("bun run client.ts", () => {
     api: ({ target }) => (target === "/identity" ? answer : plain("elsewhere", 404)),
   };
   // The API's URL may end in a slash, as the issuer's may.
-  const environment = (url: string) => ({
-    ISSUER: url,
-    API_URL: `${url}/`,
-    CLIENT_SECRET: client_secret,
-  });
+  const secret = { CLIENT_SECRET: client_secret };
+  const environment = (url: string) => ({ ISSUER: url, API_URL: `${url}/`, ...secret });
   const started = (parts: Parts = {}, more = {}) => {
     const { origin, seen } = play({ ...valid, ...parts });
     const program = launch("client", { env: { ...environment(origin), ...more } });

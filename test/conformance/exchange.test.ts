@@ -34,12 +34,10 @@ test("1. GET metadata, OpenID Connect Discovery §4, RFC 8414 §3.2 → 200, the
 
 // The request is a form. The client says who it is by HTTP Basic with its id and secret (both
 // form-encoded, which changes nothing here), and that it acts for itself: no user is involved.
+const form = { "content-type": "application/x-www-form-urlencoded" };
 const tokenResponse = await fetch(metadata.token_endpoint, {
   method: "POST",
-  headers: {
-    authorization: `Basic ${btoa("client:secret")}`,
-    "content-type": "application/x-www-form-urlencoded",
-  },
+  headers: { ...form, authorization: `Basic ${btoa("client:secret")}` },
   body: "grant_type=client_credentials&scope=api1",
 });
 const { access_token, ...described }: any = await tokenResponse.json();
@@ -114,10 +112,7 @@ test("5. GET /identity with a changed token, RFC 6750 §3.1 → 401 invalid_toke
 test("6. POST token request with a wrong secret, RFC 6749 §5.2 → 401 invalid_client", async () => {
   const answer = await fetch(metadata.token_endpoint, {
     method: "POST",
-    headers: {
-      authorization: `Basic ${btoa("client:guess")}`,
-      "content-type": "application/x-www-form-urlencoded",
-    },
+    headers: { ...form, authorization: `Basic ${btoa("client:guess")}` },
     body: "grant_type=client_credentials",
   });
   expect(answer.status).toBe(401);

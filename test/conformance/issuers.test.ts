@@ -42,10 +42,8 @@ async function play(provider: Provider, claims: Members = {}, header: Members = 
     ...provider.metadata,
   };
   const keys = [old, current].map(({ publicJwk }) => ({ ...publicJwk, ...provider.jwk }));
-  const [own, type] = [
-    { ...provider.claims, ...claims },
-    { ...provider.header, ...header },
-  ];
+  const own = { ...provider.claims, ...claims };
+  const type = { ...provider.header, ...header };
   const access_token = await accessToken(current, issuer.url, url, own, type);
   const response = { access_token, token_type: "Bearer", expires_in: 3599, ext_expires_in: 3599 };
   const requests: string[] = [];

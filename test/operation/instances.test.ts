@@ -248,10 +248,7 @@ const silent = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} 
 const starting = sayingPostgres("57P03", "the database system is starting up");
 const refusing = sayingPostgres("28P01", "password authentication failed");
 const serverless = sayingPostgres("08P01", "server login has been failing");
-const mayHeal = {
-  "it starts (57P03)": starting,
-  "its PgBouncer has no server (08P01)": serverless,
-};
+const mayHeal = { "it starts (57P03)": starting, "PgBouncer alone (08P01)": serverless };
 for (const listener of [silent, starting, refusing, serverless]) listener.unref();
 
 /** Where the database would be, and how long a start waits for it. */
@@ -273,7 +270,7 @@ for (const [what, { port }] of Object.entries(mayHeal))
   test.concurrent(`instances, PostgreSQL: ${what} → a start waits for it`, async () => {
     const { program } = launched(`postgres://postgres:hidden@127.0.0.1:${port}/postgres`);
     await program.printed(RegExp(`^Waiting for .+:${port}: `));
-    await program.stop();
+    expect(await program.stop("SIGTERM")).toBe(0);
   });
 
 test.concurrent.skipIf(noServer !== "")(
@@ -406,14 +403,11 @@ const pooled = { ...onPostgres, make: postgresDatabase, isMissing: noPgBouncer !
 
 scenario(pooled, `behind PgBouncer, by transaction, nothing fails${noPgBouncer}`, async (table) => {
   const databaseUrl = await pgBouncer(table);
-  const changes = { databaseUrl };
-  const urls = [
-    (await instance(table, changes)).url,
-    (await instance(table, changes)).url,
-  ] as const;
+  const both = [await instance(table, { databaseUrl }), await instance(table, { databaseUrl })];
+  const urls = both.map(({ url }) => url);
   for (let round = 0; round < 5; round++) {
     const sent = Array.from({ length: 20 }, async (_, index) => {
-      const url = urls[(index % 2) as 0 | 1];
+      const url = urls[index % 2]!;
       return index % 3 ? await assert(url) : await token(url, await newProof());
     });
     const statuses = (await Promise.all(sent)).map(({ status }) => status);

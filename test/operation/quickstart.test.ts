@@ -96,16 +96,8 @@ describe("bun start", () => {
   });
 
   const failing: [name: string, changes: Environment, said: RegExp][] = [
-    [
-      "a wrong id",
-      { CLIENT_ID: "nobody" },
-      /401 invalid_client .*\(Check CLIENT_ID and CLIENT_SEC/,
-    ],
-    [
-      "a wrong secret",
-      { CLIENT_SECRET: "x" },
-      /401 invalid_client .*\(Check CLIENT_ID and CLIENT_S/,
-    ],
+    ["a wrong id", { CLIENT_ID: "nobody" }, /401 invalid_client .*\(Check CLIENT_ID and CLIENT_/],
+    ["a wrong secret", { CLIENT_SECRET: "x" }, /401 invalid_client .*\(Check CLIENT_ID and CLIENT/],
     ["an unknown scope", { SCOPE: "api2" }, /400 invalid_scope .*\(Check SCOPE against the regist/],
   ];
   test.concurrent.each(failing)("with %s → one line with what to try", async (_, changes, said) => {
@@ -134,10 +126,8 @@ describe("bun start", () => {
     await interrupt(other);
     const gone = async () => (await statusOf(`${own.ISSUER}/health`)) === "nobody there";
     await eventually("the server is gone", gone);
-    await eventually(
-      "the API is gone",
-      async () => (await statusOf(own.API_URL)) === "nobody there",
-    );
+    const apiGone = async () => (await statusOf(own.API_URL)) === "nobody there";
+    await eventually("the API is gone", apiGone);
   });
 });
 

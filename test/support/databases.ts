@@ -244,11 +244,8 @@ export async function pgBouncer({ url, users }: Table): Promise<string> {
   const settings = [
     ...["[databases]", `pooled = ${server} user=${username}${secret}`, "[pgbouncer]"],
     ...["listen_addr = 127.0.0.1", `listen_port = ${port}`, "unix_socket_dir =", "auth_type = any"],
-    ...[
-      "pool_mode = transaction",
-      "default_pool_size = 4",
-      ...(isOld ? [] : ["max_prepared_statements = 0"]),
-    ],
+    ...["pool_mode = transaction", "default_pool_size = 4"],
+    ...(isOld ? [] : ["max_prepared_statements = 0"]),
   ];
   const file = join(directory, "pgbouncer.ini");
   writeFileSync(file, settings.join("\n"));

@@ -35,11 +35,8 @@ export async function post(
 ): Promise<Answer> {
   const isRaw = typeof body === "string" || body instanceof Uint8Array;
   const encoded = isRaw ? body : new URLSearchParams(body).toString();
-  return await send(url, {
-    method: "POST",
-    body: encoded,
-    headers: { "content-type": form, ...headers },
-  });
+  const fields = { "content-type": form, ...headers };
+  return await send(url, { method: "POST", body: encoded, headers: fields });
 }
 
 /** An Authorization field for Basic, byte for byte: nothing is form-encoded. */
