@@ -212,12 +212,16 @@ export const jwtRules = ({ acceptedAlgorithms, clock }: JwtSettings) => ({
   currentDate: new Date(clock()),
 });
 
+/** RFC 7515 §4.1.11: what is critical must be understood. jose would accept b64. */
+const noCrit = "The JWT has a crit header, and no extension is known here";
+
 /**
  * The key that a DPoP proof shows, for jose (RFC 9449 §4.3). Throws for a private one (7), of which
  * jose lets RSA keys with p and q pass, and for one that is so long that it would waste our time.
  */
 export const proofKey: jose.JWTVerifyGetKey = async (header, jws) => {
-  const { jwk = {} } = header;
+  const { crit, jwk = {} } = header;
+  if (crit) throw new Error(noCrit);
   if (privateMembers.some((name) => name in jwk)) throw new Error("The jwk is a private key");
   if ((jwk.n ?? "").length > 700) throw new Error("The jwk has over 4096 bits");
   return await jose.EmbeddedJWK(header, jws);
@@ -428,6 +432,7 @@ export class PublicKeys {
 
   /** The key for a JWT, as jose asks for it. An unknown `kid` is a reason to fetch them again. */
   find: jose.JWTVerifyGetKey = async (header, jws) => {
+    if (header.crit) throw new Error(noCrit);
     if (this.#secondsSince(this.#fetchedAt) > this.#rules.refetchAfterSeconds)
       await this.refresh().catch((error: unknown) => {
         if (!this.areUsable) throw error;

@@ -337,11 +337,9 @@ async function verifyAssertion({ settings, keyStore }: Server, client: Client, a
 function checkAssertion(
   { issuer, clock }: Settings,
   { aud, exp = 0, iat = 0 }: jose.JWTPayload,
-  { crit, typ = "JWT" }: jose.JWTHeaderParameters,
+  { typ = "JWT" }: jose.JWTHeaderParameters,
 ): void {
   const code = "invalid_client";
-  // RFC 7515 §4.1.11: no extension is known here. jose would accept b64.
-  check(!crit, code, "The assertion has a crit header.");
   // RFC 8725 §3.11: a JWT of another kind is no assertion.
   const kinds = /^(application\/)?(jwt|client-authentication\+jwt)$/i;
   const isAssertion = config.isText(typ) && kinds.test(typ);
@@ -371,16 +369,14 @@ async function verifyProof({ settings, tokenEndpoint, keyStore }: Server, proof:
   const rules = { ...config.jwtRules(settings), ...config.proofRules };
   const verifying = jose.jwtVerify(proof, config.proofKey, rules);
   const { payload, protectedHeader } = await verifying.catch(refuseAs(code, "The DPoP proof"));
-  const { crit, jwk = {} } = protectedHeader;
   const { htm, htu, iat = 0, jti } = payload;
-  check(!crit, code, "The DPoP proof has a crit header.");
   // §4.3 (9): without query and fragment, normalized by `new URL`.
   const [target] = URL.parse(config.isText(htu) ? htu : "")?.href.split(/[?#]/) ?? [];
   const isForUs = htm === "POST" && target === tokenEndpoint;
   const named = JSON.stringify([htm, htu]);
   check(isForUs, code, `The DPoP proof is for ${named}, this is POST ${tokenEndpoint}.`);
   check(config.isText(jti), code, "The DPoP proof has no jti.");
-  const jkt = await jose.calculateJwkThumbprint(jwk as jose.JWK);
+  const jkt = await jose.calculateJwkThumbprint(protectedHeader.jwk as jose.JWK);
   const expires_at = iat + config.proofMaxAgeSeconds;
   const isNew = await keyStore.useOnce(["dpop", jkt, tokenEndpoint, jti], expires_at);
   check(isNew, code, "The DPoP proof was used before.");
@@ -490,6 +486,8 @@ class KeyStore {
   #nextBatch: Batch | undefined;
   #lastInsert: Promise<unknown> = Promise.resolve();
   readonly #now = () => config.secondsAt(this.#settings.clock);
+  // PgBouncer gives each transaction another connection, where a named statement is unknown.
+  readonly #connect = () => new Bun.SQL(this.#settings.databaseUrl, { prepare: false });
 
   constructor(settings: Settings, log: config.Log) {
     this.#settings = settings;
@@ -503,11 +501,6 @@ class KeyStore {
       writeFileSync(file, "", { mode: 0o600, flag: "a" }); // SQLite gives -wal and -shm this mode
     }
     this.#sql = this.#connect();
-  }
-
-  #connect(): Bun.SQL {
-    // PgBouncer gives each transaction another connection, where a named statement is unknown.
-    return new Bun.SQL(this.#settings.databaseUrl, { prepare: false });
   }
 
   /** The key that signs: the one whose period holds, else the one whose period comes next. */
