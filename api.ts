@@ -248,8 +248,8 @@ class UsedProofs {
     this.#byClient.set(client_id, proofs.add(proof));
     this.#count++;
     if (this.#count <= maximum) return;
-    // Choice: the client with the most proofs loses its oldest. So one that floods forgets its own,
-    // never another's, and nobody is refused because the memory is full.
+    // Choice: the client with the most proofs loses its oldest, so that one that floods does not
+    // make the API forget those of others. Nobody is refused because the memory is full.
     const most = [...this.#byClient.values()].reduce((a, b) => (b.size > a.size ? b : a));
     const [oldest = ""] = most;
     most.delete(oldest);

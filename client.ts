@@ -100,6 +100,7 @@ export class TokenSource {
     if (new URL(url).origin !== new URL(resource).origin)
       throw new Error(`The token is for ${resource} alone, not for ${url}.`);
     const { method, headers, body, signal } = input instanceof Request ? input : init;
+    // What `init` has goes before what the Request has.
     const request = { method, headers, body, signal, ...init } as BunFetchRequestInit;
     const used = await this.accessToken();
     const answer = await this.#call(url, request, used);

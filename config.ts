@@ -303,7 +303,7 @@ function readPair(certificateFile = "", keyFile = "", remedy: string) {
 /** The development certificate, made where it is missing or of no use any longer. */
 async function developmentPair(file: string) {
   const read = () =>
-    readPair(file, file, `${file} is damaged. Delete it, and the next start makes a new one.`);
+    readPair(file, file, `${file} is damaged or unreadable. Delete it: a start makes a new one.`);
   const isUnfit = () => {
     const { certificate } = read();
     // One that is an authority could sign for other names.
@@ -517,6 +517,9 @@ export function router(url: string, routes: Routes): Handler {
   };
 }
 
+/** Like Bun.sleep, but it keeps no process alive. */
+const pause = (milliseconds: number) => new Promise((end) => setTimeout(end, milliseconds).unref());
+
 /** Logs a refusal, and makes the answer of it. */
 export type AnswerRefusal = (refusal: Refusal, log: RequestLog, request: Request) => Response;
 
@@ -556,7 +559,7 @@ export class Lifecycle {
   async stop(http: Bun.Server<undefined>, drainSeconds: number): Promise<void> {
     this.isStopping = true;
     await Bun.sleep(drainSeconds * 1000);
-    await Promise.race([http.stop(), Bun.sleep(5_000)]);
+    await Promise.race([http.stop(), pause(5_000)]);
     await http.stop(true);
     await this.#log.flush();
   }
@@ -638,7 +641,7 @@ export class Log {
   /** Waits until what was written has arrived, but no longer than a second. */
   async flush(): Promise<void> {
     const flushed = Promise.resolve(this.#sink?.flush()).catch(() => {});
-    await Promise.race([flushed, Bun.sleep(1_000)]);
+    await Promise.race([flushed, pause(1_000)]);
   }
 }
 

@@ -71,7 +71,7 @@ function check(holds: unknown, code: ErrorCode, reason: string): asserts holds {
   if (!holds) throw new config.Refusal(code, reason);
 }
 
-/** Logs and answers a token request that is refused (RFC 6749 §5.2). */
+/** Logs and answers what is refused: a token request (RFC 6749 §5.2), or the keys without any. */
 function refuse(issuer: string, refusal: config.Refusal, log: config.RequestLog): Response {
   const code = refusal.code as ErrorCode;
   log("token refused", { ...refusal.details, error: code, reason: refusal.message });
@@ -683,8 +683,9 @@ class KeyStore {
   /**
    * Deletes what expired a while ago, and writes a row of its own to see that writing works. A key
    * is deleted only by an instance that polled shortly before and after that moment. So one whose
-   * clock is wrong, or jumps, deletes no key of the others; a key that expired while no poll
-   * succeeded stays, unused.
+   * clock jumps deletes nothing that the others need; only one that runs ahead by more than a
+   * quarter of an hour does. A key that expired while no poll succeeded stays, unused; an
+   * identifier stays for 30 days.
    */
   async #sweep(at: number): Promise<void> {
     const since = this.#polledAt - sweepDelaySeconds;
@@ -693,7 +694,7 @@ class KeyStore {
       await inTime(this.#sql`DELETE FROM signing_keys
         WHERE removed_at > ${since} AND removed_at <= ${until}`);
       await inTime(this.#sql`DELETE FROM used_jtis
-        WHERE expires_at > ${since} AND expires_at <= ${until} OR expires_at < ${at - 86_400}`);
+        WHERE expires_at > ${since} AND expires_at <= ${until} OR expires_at < ${at - 2_592_000}`);
     }
     this.#polledAt = at;
     await inTime(this.#sql`INSERT INTO used_jtis ${this.#sql({ id: "last poll", expires_at: at })}

@@ -42,10 +42,10 @@ type Changes = Record<string, unknown>;
 type Expected = 200 | RegExp;
 const rows: [rule: string, expected: Expected, claims: Changes, header?: Changes][] = [
   ["RFC 7523 §2.2 a valid assertion", 200, {}],
-  ["RFC 7523 §3 (1) no iss", /iss/, { iss: undefined }],
-  ["RFC 7523 §3 (1) another iss", /iss/, { iss: "several" }],
+  ["RFC 7523 §3 (1) no iss", /"iss"/, { iss: undefined }],
+  ["RFC 7523 §3 (1) another iss", /"iss"/, { iss: "several" }],
   ["RFC 7523 §3 (2) no sub", /unknown/, { sub: undefined }],
-  ["RFC 7523 §3 (2) another sub", /iss/, { sub: "several" }],
+  ["RFC 7523 §3 (2) another sub", /"iss"/, { sub: "several" }],
   ["RFC 7523 §3 (2) an unknown sub", /unknown/, { iss: "nobody", sub: "nobody" }],
   ["RFC 7523 §3 (3) no aud", /aud/, { aud: undefined }],
   ["RFC 7523 §3 (3) Choice: no token endpoint", /aud/, { aud: server.tokenEndpoint }],
@@ -54,17 +54,17 @@ const rows: [rule: string, expected: Expected, claims: Changes, header?: Changes
   ["RFC 7523 §3 (3) Choice: a list of two", /aud/, { aud: [server.url, other] }],
   ["RFC 7523 §3 (3) an empty list", /aud/, { aud: [] }],
   ["RFC 7523 §3 (3) the issuer with a slash", /aud/, { aud: `${server.url}/` }],
-  ["RFC 7523 §3 (4) no exp", /exp/, { exp: undefined }],
-  ["RFC 7523 §3 (4) exp as text", /exp/, { exp: "9999999999" }],
+  ["RFC 7523 §3 (4) no exp", /"exp"/, { exp: undefined }],
+  ["RFC 7523 §3 (4) exp as text", /"exp"/, { exp: "9999999999" }],
   ["RFC 7523 §3 (4) expired by less than the leeway", 200, { exp: now - 29 }],
-  ["RFC 7523 §3 (4) expired by the leeway", /exp/, { exp: now - 30 }],
+  ["RFC 7523 §3 (4) expired by the leeway", /"exp"/, { exp: now - 30 }],
   ["RFC 7523 §3 (4) exp in 10 minutes and the leeway", 200, { exp: now + 630 }],
-  ["RFC 7523 §3 (4) Choice: exp a second later", /exp/, { exp: now + 631 }],
+  ["RFC 7523 §3 (4) Choice: exp a second later", /exp of/, { exp: now + 631 }],
   ["RFC 7523 §3 (5) nbf ahead by the leeway", 200, { nbf: now + 30 }],
-  ["RFC 7523 §3 (5) nbf a second later", /nbf/, { nbf: now + 31 }],
+  ["RFC 7523 §3 (5) nbf a second later", /"nbf"/, { nbf: now + 31 }],
   ["RFC 7523 §3 (6) no iat", 200, { iat: undefined }],
   ["RFC 7523 §3 (6) iat ahead by the leeway", 200, { iat: now + 30 }],
-  ["RFC 7523 §3 (6) iat a second later", /iat/, { iat: now + 31 }],
+  ["RFC 7523 §3 (6) Choice: iat a second later", /iat/, { iat: now + 31 }],
   ["RFC 7523 §3 (7) Choice: no jti", /jti/, { jti: undefined }],
   ["RFC 7523 §3 (7) an empty jti", /jti/, { jti: "" }],
   ["RFC 7523 §3 (7) a number as jti", /jti/, { jti: 1 }],
@@ -90,8 +90,8 @@ for (const [rule, expected, claims, header] of rows)
     const answer = await request(jwt);
     if (expected === 200) return expect(answer.json.token_type).toBe("Bearer");
     expect(refusalOf(answer)).toBe("401 invalid_client");
-    const { sub = "app" } = claims as { sub?: string };
-    const client_id = "sub" in claims && sub !== "several" ? undefined : sub;
+    const sub = "sub" in claims ? claims["sub"] : "app";
+    const client_id = ["app", "several"].find((id) => id === sub); // the log names no stranger
     const { reason, ...line } = server.lines.at(-1)!;
     expect([line["client_id"], reason]).toEqual([client_id, expect.stringMatching(expected)]);
     expect(JSON.stringify(server.lines.at(-1))).not.toContain(jwt);
@@ -121,7 +121,7 @@ const requests: [rule: string, expected: Expected, jwt: () => Promise<string>, m
   ["RFC 7523 §3 (9) alg none", /alg/, unsigned],
   ["RFC 7523 §3 a client without keys", /key/, () => valid(one, "with secret")],
   ["RFC 7515 §4.1.4 one of several keys", 200, () => valid(two, "several")],
-  ["RFC 7515 §4.1.4 no kid, several keys", /key/, () => valid(two, "several", noKid)],
+  ["RFC 7515 §4.1.4 Choice: no kid, several keys", /key/, () => valid(two, "several", noKid)],
   [`${signing_alg}, the only one of the client`, 200, () => valid(rsa, "narrow")],
   [`${signing_alg}, another one`, /alg/, () => valid(one, "narrow")],
   ["RFC 7523 §3 (7) a jti", 200, () => valid(one, "app", {}, shared)],

@@ -99,7 +99,7 @@ const unsigned = (header: object, sub: string) =>
   `client_assertion_type=${assertionType}&client_assertion=${part(header)}.${part({ sub })}.x`;
 const ofNobody = unsigned({ alg: "ES256" }, "nobody");
 
-/** The log has a word that tells an operator why, and the client once its secret was looked at. */
+/** The log has a word that tells an operator why, and the registered client that was named. */
 type Refused = [rule: string, credentials: Credentials, reason?: RegExp, client_id?: string];
 const notAuthenticated: Refused[] = [
   ["RFC 6749 §3.2.1 no credentials", {}, /no credentials/],
@@ -293,7 +293,7 @@ test("log: a reason is cut at 2,000 characters", async () => {
   const name = "x".repeat(3_000);
   const parameters = unsigned({ alg: "ES256", crit: [name], [name]: 1 }, "keyed");
   expect(refusalOf(await ask({ parameters }))).toBe("401 invalid_client");
-  expect(idp.lines.at(-1)!["reason"].length).toBeLessThanOrEqual(2_000);
+  expect(idp.lines.at(-1)!["reason"]).toHaveLength(2_000);
 });
 
 test("log: no secret, no credentials and no token in any form", async () => {

@@ -6,10 +6,11 @@ import { describe, expect, test } from "bun:test";
 import * as jose from "jose";
 import type { ClientSettings } from "../../config.ts";
 import { padded, plain, play as playServer, rowsOf, zipped } from "../support/http.ts";
+import { freePort } from "../support/databases.ts";
 import type { Received, Reply } from "../support/http.ts";
 import { assertionType, key, secondsNow } from "../support/jwt.ts";
 import { launch, temporaryDirectory } from "../support/programs.ts";
-import { reservePort, tokenSource } from "../support/servers.ts";
+import { tokenSource } from "../support/servers.ts";
 
 type Parts = { [kind in Received["kind"]]?: Reply } & { client?: Partial<ClientSettings> };
 
@@ -77,7 +78,7 @@ for (const [rule, metadata] of taken)
     expect(requests[0]!.headers.get("authorization")).toBeNull();
   });
 
-test("discovery, RFC 8414 §3 an issuer or an API of http beyond loopback → nothing is sent", async () => {
+test("discovery, RFC 8414 §2, RFC 6750 §5.3 an issuer or an API of http beyond loopback → nothing is sent", async () => {
   const { origin, requests } = play();
   const far = origin.replace("127.0.0.1", "0.0.0.0");
   const issuer = tokenSource(far, { resource: origin });
@@ -311,8 +312,7 @@ test("the token request, an address of the issuer → is escaped and cut too", a
 });
 
 test("discovery, nobody listens → what to start; hints about proxies are for other hosts", async () => {
-  const { port, release } = reservePort();
-  release();
+  const port = freePort();
   const said = (issuer: string, proxyVariable: string | undefined) =>
     messageOf(tokenSource(issuer, { proxyVariable }).accessToken());
   const [near, away] = [`http://127.0.0.1:${port}`, "https://issuer.invalid"];
@@ -422,7 +422,7 @@ const foreign: Record<string, (own: string) => string> = {
 };
 
 for (const [name, url] of Object.entries(foreign))
-  test(`fetch, RFC 6750 §5.2 ${name} → an error, nothing is sent`, async () => {
+  test(`fetch, RFC 6750 §5.3 ${name} → an error, nothing is sent`, async () => {
     const { tokens, origin, requests } = play();
     const target = `${url(origin)}/identity`;
     expect(await messageOf(tokens.fetch(target))).toContain(origin);
@@ -731,8 +731,7 @@ describe("bun run client.ts", () => {
       expect(await failure(started(parts).program)).toMatch(said));
 
   test("--wait → waits until both servers take connections, and asks them without a secret", async () => {
-    const { port, release } = reservePort();
-    release();
+    const port = freePort();
     const url = `http://127.0.0.1:${port}`;
     const program = launch("client", { env: environment(url), arguments: ["--wait"] });
     // It gets no answer for a while. If it starts later than that, the test proves less.

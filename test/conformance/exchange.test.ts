@@ -1,6 +1,6 @@
 /**
  * One whole exchange, to be read from top to bottom: a client finds the authorization server, gets
- * an access token from it, and calls the API; then what happens when something is missing.
+ * an access token from it, and calls the API; then what is refused.
  *
  * There are three parties. The client is this file. The authorization server (idp.ts) knows the
  * client, and gives it a token. The resource server (api.ts) does not know the client; it knows the

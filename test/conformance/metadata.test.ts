@@ -26,6 +26,7 @@ const clients = [
   { ...registration, client_id: "keyed", jwks: { keys: [signer.publicJwk] } },
 ];
 
+const secret = { client_id: "client", client_secret: "secret" };
 const idp = await startIdp({ scopes, clients });
 const wellKnown = "/.well-known/openid-configuration";
 const documents = [wellKnown, "/.well-known/oauth-authorization-server", `${wellKnown}/jwks`];
@@ -132,7 +133,6 @@ test("GET jwks_uri, RFC 7517 §4 → public members alone, kid, alg, use; a key 
 // --- What is advertised works --------------------------------------------------------------------
 
 const grant = { grant_type: "client_credentials", scope: "api1" };
-const secret = { client_id: "client", client_secret: "secret" };
 const ask = (parameters: Record<string, string>, headers: Record<string, string> = {}) =>
   post(metadata.token_endpoint, { ...grant, ...parameters }, headers);
 const asserted = async (issuer = idp.url) => ({

@@ -69,9 +69,9 @@ describe("starting", () => {
   test.concurrent("importing the four files does nothing: no output, no file, no end", async () => {
     const cwd = temporaryDirectory();
     const files = ["config", "idp", "api", "client"].map((name) => join(root, `${name}.ts`));
-    const script = files.map((file) => `await import("${file}");`).join("\n");
+    const script = `${files.map((file) => `await import("${file}");`).join("\n")} console.log(1);`;
     const program = new Program([process.execPath, "--eval", script], cwd);
-    expect([await program.ended(), program.stdout, program.stderr]).toEqual([0, "", ""]);
+    expect([await program.ended(), program.stdout, program.stderr]).toEqual([0, "1\n", ""]);
     expect(readdirSync(cwd)).toEqual([]);
   });
 
@@ -358,11 +358,11 @@ describe("what the log tells of a request", async () => {
   const issuer = new Issuer([issuerKey]);
   const identity = (await api(issuer.url, { log })).url;
 
+  const asserted = { client_assertion_type: assertionType };
   const token = (body: Record<string, string> | string, headers = {}) =>
     post(tokenEndpoint, body, headers);
   const withAssertion = (client_assertion: string) =>
     token({ ...right, ...{ client_id: "", client_secret: "" }, client_assertion, ...asserted });
-  const asserted = { client_assertion_type: assertionType };
   const assert = async (claims = {}, header = {}) =>
     withAssertion(await assertion(clientKey, "app", url, claims, header));
   const prove = async (claims = {}) =>

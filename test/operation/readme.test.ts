@@ -3,7 +3,7 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, existsSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { eventually } from "../support/databases.ts";
+import { eventually, freePort } from "../support/databases.ts";
 import { basic, post, send } from "../support/http.ts";
 import { launch, Program, root, temporaryDirectory, urlOf } from "../support/programs.ts";
 
@@ -122,13 +122,10 @@ describe("examples", () => {
       .replace(/scopes: \[/, `scopes: [${scope}, `)
       .replace(/scope: apiScope,\n( +access_token)/, 'scope: "api1 orders",\n$1');
     const cwd = copy({ "api.ts": api, "config.ts": config });
-    const env = { ISSUER: "http://127.0.0.1:0", API_URL: "http://127.0.0.1:0", SCOPE: "orders" };
+    const env = { ISSUER: "http://127.0.0.1:0", SCOPE: "orders" };
     const started = (name: string, more = {}) =>
       new Program([process.execPath, "--no-orphans", name], cwd, { ...env, ...more });
-    // The API gets a port first, so that the tokens can be for it.
-    const first = started("api.ts");
-    const API_URL = await urlOf(first);
-    await first.stop();
+    const API_URL = `http://127.0.0.1:${freePort()}`;
     const idp = started("idp.ts", { API_URL });
     const ISSUER = await urlOf(idp);
     const orders = started("api.ts", { ISSUER, API_URL });

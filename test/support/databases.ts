@@ -139,9 +139,9 @@ const installed = new Bun.Glob("postgresql/*/bin/initdb").scanSync("/usr/lib");
 const programs = join("/usr/lib", dirname([...installed].toSorted().at(-1) ?? ""));
 const postgresUser = /^postgres:[^:]*:(\d+):(\d+)/m.exec(readFileSync("/etc/passwd", "utf8"));
 
-/** Why no server can be started here, for the name of a test that needs one. Empty if one can. */
 const canStart = Bun.which("setpriv") && (postgresUser || !isRoot);
 const hasServer = canStart && existsSync(join(programs, "initdb"));
+/** Why no server can be started here, for the name of a test that needs one. Empty if one can. */
 export const noServer = hasServer ? "" : " (needs initdb and setpriv)";
 const hasPgBouncer = canStart && postgresUrl && existsSync("/usr/sbin/pgbouncer");
 export const noPgBouncer = hasPgBouncer ? "" : " (needs TEST_DATABASE_URL and pgbouncer)";

@@ -74,7 +74,7 @@ export async function raw(url: string, bytes: string, silenceMs = 300): Promise<
       error: () => resolve(),
     },
   });
-  timer = setTimeout(resolve, 2_000);
+  timer = setTimeout(resolve, 10_000);
   socket.write(bytes);
   await promise;
   clearTimeout(timer);
