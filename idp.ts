@@ -768,8 +768,8 @@ class Sealing {
     this.#secrets = secrets.map((word) => Buffer.from(word, "base64url"));
     this.#readsClear = secrets.length === 0 || words.includes("none");
     // A comma alone is what is left of a list of variables that are not set.
-    const areGood = this.#secrets.every(({ length }) => length === 32) && (words[0] || !setting);
-    mustHold(areGood, "KEY_ENCRYPTION_SECRET must be 32 bytes in base64url");
+    const areGood = secrets.every((word) => /^[\w-]{43}$/.test(word)) && (words[0] || !setting);
+    mustHold(areGood, "KEY_ENCRYPTION_SECRET must be a secret of `bun run secret`, no hash");
   }
 
   /** The JWK of a row, sealed with the first secret if there is one. */
@@ -871,7 +871,7 @@ function checkClient(client: config.ClientRegistration, settings: Settings): voi
   const [uri] = jwks_uri?.split("?") ?? [];
   if (uri) config.parseServerUrl(`config.ts: clients: ${client_id}: jwks_uri`, uri, "other");
   for (const { sha256, expires_at = 0 } of client_secrets) {
-    rule(/^[A-Za-z0-9+/]{43}=$/.test(sha256), "client_secrets: sha256 must be one, in base64");
+    rule(/^[A-Za-z0-9+/]{43}=$/.test(sha256), "client_secrets: sha256 is no hash in base64");
     // In milliseconds it would be beyond the year 5000.
     rule(expires_at < 100_000_000_000, "client_secrets: expires_at must be in seconds since 1970");
   }

@@ -233,7 +233,7 @@ describe("config.ts", () => {
     ["starts", "scopes.0.resource", ["urn:example:api", `${resource}/v1?a`]],
     ["DATABASE_URL", "databaseUrl", ["mysql://a:hunter2@127.0.0.1/b", "file:keys.db"]],
     ["DATABASE_URL", "databaseUrl", ["keys/keys.db", "sqlite:", "xsqlite:a"]],
-    ["KEY_ENCRYPTION_SECRET", "keyEncryptionSecret", [secretOf(31), `${good},a`, ","]],
+    ["KEY_ENCRYPTION_SECRET", "keyEncryptionSecret", [secretOf(31), `${good},a`, ",", sha256]],
     ["signingKeys.rotationSeconds must be over 750", "signingKeys.rotationSeconds", [caches, NaN]],
     ["signingKeys.rotationSeconds must be over 752", "signingKeys", tooLong],
     ["signingKeys: each", "signingKeys", Object.keys(longer).map((name) => withTime(name, 0))],
