@@ -287,8 +287,8 @@ class IssuerKeys extends config.PublicKeys {
 }
 
 async function fetchIssuerKeys({ issuer, tls }: Settings, signal: AbortSignal) {
-  const metadata = await config.fetchJson(config.metadataUrl(issuer), signal, tls);
-  const { issuer: named, jwks_uri } = metadata;
+  const url = config.metadataUrl(issuer);
+  const { issuer: named, jwks_uri } = await config.fetchJson(url, signal, tls);
   // RFC 8414 §3.3: the issuer in the metadata MUST be identical to the one that was asked.
   if (named !== issuer) throw new Error(`The metadata is of issuer ${named}, not ${issuer}.`);
   return await config.fetchJwkSet(String(jwks_uri), signal, tls);

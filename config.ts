@@ -216,14 +216,24 @@ export const jwtRules = ({ acceptedAlgorithms, clock }: JwtSettings) => ({
 const noCrit = "The JWT has a crit header, and no extension is known here";
 
 /**
+ * Whether a JWK is a public key of a kind that signs, with texts where they belong. An RSA key has
+ * at most 4096 bits, for a longer one takes much of our time.
+ */
+function isUsable(jwk: unknown): boolean {
+  const { kty, crv, x, y, n = "", e, pub } = Object(jwk) as jose.JWK;
+  const areTexts = [kty, crv, x, y, n, e, pub].every((text = "") => typeof text === "string");
+  return areTexts && n.length <= 700 && ["EC", "RSA", "OKP", "AKP"].includes(kty ?? "");
+}
+
+/**
  * The key that a DPoP proof shows, for jose (RFC 9449 §4.3). Throws for a private one (7), of which
- * jose lets RSA keys with p and q pass, and for one that is so long that it would waste our time.
+ * jose lets RSA keys with p and q pass.
  */
 export const proofKey: jose.JWTVerifyGetKey = async (header, jws) => {
   const { crit, jwk = {} } = header;
   if (crit) throw new Error(noCrit);
   if (privateMembers.some((name) => name in jwk)) throw new Error("The jwk is a private key");
-  if ((jwk.n ?? "").length > 700) throw new Error("The jwk has over 4096 bits");
+  if (!isUsable(jwk)) throw new Error("The jwk is malformed, or has over 4096 bits");
   return await jose.EmbeddedJWK(header, jws);
 };
 
@@ -344,13 +354,9 @@ async function makeCertificate(file: string): Promise<string> {
  * A loopback host is reached directly, for a proxy would read the secret, and the certificate of
  * our own servers is trusted there.
  */
-export async function directFetch(
-  url: string,
-  init: BunFetchRequestInit,
-  { certificateFile, developmentFile }: TlsFiles,
-): Promise<Response> {
+export async function directFetch(url: string, init: BunFetchRequestInit, files: TlsFiles) {
   if (!isLoopback(new URL(url))) return await fetch(url, { ...init, redirect: "manual" });
-  const file = certificateFile || developmentFile;
+  const file = files.certificateFile || files.developmentFile;
   const own = existsSync(file) ? [readFileSync(file, "utf8")] : [];
   const tls = { ca: [...own, ...getCACertificates()] };
   return await fetch(url, { ...init, redirect: "manual", proxy: false, tls });
@@ -381,13 +387,13 @@ export async function fetchJson(url: string, signal: AbortSignal, files: TlsFile
 }
 
 /**
- * The keys of a JWK Set (RFC 7517 §5). Unknown kinds of keys are ignored. An empty set is an
- * answer, and withdraws all keys; one with nothing usable in it is a failure.
+ * The keys of a JWK Set (RFC 7517 §5). What is no key that we could use is ignored. An empty set
+ * is an answer, and withdraws all keys; one with nothing usable in it is a failure.
  */
 export async function fetchJwkSet(url: string, signal: AbortSignal, files: TlsFiles) {
   const { keys } = await fetchJson(url, signal, files);
-  if (!Array.isArray(keys)) throw new Error("The JWK Set has no list of keys.");
-  const usable: jose.JWK[] = keys.filter((k) => ["EC", "RSA", "OKP", "AKP"].includes(k?.kty));
+  if (!Array.isArray(keys) || keys.length > 100) throw new Error("The JWK Set has no short list.");
+  const usable: jose.JWK[] = keys.filter(isUsable);
   if (keys.length > 0 && usable.length === 0) throw new Error("The JWK Set has no usable key.");
   return usable;
 }
@@ -463,10 +469,11 @@ export class PublicKeys {
     this.#isTrying = true;
     try {
       const keys = await fetchKeys(AbortSignal.timeout(5_000));
+      if (!Bun.deepEquals(keys, this.keys)) {
+        this.#choose = jose.createLocalJWKSet({ keys });
+        this.keys = keys;
+      }
       this.#fetchedAt = clock();
-      if (Bun.deepEquals(keys, this.keys)) return;
-      this.#choose = jose.createLocalJWKSet({ keys });
-      this.keys = keys;
     } catch (error) {
       const reason = `The keys could not be fetched: ${reasonOf(error)}`;
       // Both servers have this code in their tables of errors.

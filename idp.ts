@@ -278,7 +278,7 @@ async function assertionCredentials(form: Form): Promise<Credentials> {
 /** Resolves with the client if the credentials are its own. */
 async function authenticate(server: Server, client: Client | undefined, credentials: Credentials) {
   check(credentials.kind !== "none", "invalid_client", "The request has no credentials.");
-  // Also for an unknown client, which must not be told apart by the time that it takes.
+  // Also for an unknown client, which a secret must not tell apart by the time that it takes.
   if (credentials.kind === "secret") verifySecret(server.settings, client, credentials);
   check(client, "invalid_client", "The client is unknown.");
   if (credentials.kind === "assertion")
@@ -325,7 +325,7 @@ async function verifyAssertion({ settings, keyStore }: Server, client: Client, a
   // Checked after the signature, for only then the keys of a jwks_uri are there to be counted.
   const isNamed = protectedHeader.kid || publicKeys.keys.length === 1;
   check(isNamed, code, "The assertion does not say which of several keys it is by.");
-  checkAssertion(settings, payload, protectedHeader);
+  checkAssertion(settings, payload, protectedHeader.typ);
   const { exp = 0, jti } = payload;
   check(config.isText(jti), code, "The assertion has no jti.");
   const expires_at = exp + config.leewaySeconds;
@@ -334,11 +334,8 @@ async function verifyAssertion({ settings, keyStore }: Server, client: Client, a
 }
 
 /** What RFC 7523 §3 wants of an assertion and jose does not check. */
-function checkAssertion(
-  { issuer, clock }: Settings,
-  { aud, exp = 0, iat = 0 }: jose.JWTPayload,
-  { typ = "JWT" }: jose.JWTHeaderParameters,
-): void {
+function checkAssertion({ issuer, clock }: Settings, claims: jose.JWTPayload, typ = "JWT") {
+  const { aud, exp = 0, iat = 0 } = claims;
   const code = "invalid_client";
   // RFC 8725 §3.11: a JWT of another kind is no assertion.
   const kinds = /^(application\/)?(jwt|client-authentication\+jwt)$/i;
@@ -763,13 +760,13 @@ class Sealing {
   readonly #readsClear: boolean;
 
   constructor(setting: string) {
-    const words = setting.split(",").filter(config.isText);
+    const words = setting ? setting.split(",") : [];
     const secrets = words.filter((word) => word !== "none");
     this.#secrets = secrets.map((word) => Buffer.from(word, "base64url"));
     this.#readsClear = secrets.length === 0 || words.includes("none");
-    // A comma alone is what is left of a list of variables that are not set.
-    const areGood = secrets.every((word) => /^[\w-]{43}$/.test(word)) && (words[0] || !setting);
-    mustHold(areGood, "KEY_ENCRYPTION_SECRET must be a secret of `bun run secret`, no hash");
+    // No word may be empty, for that is what is left of a variable that is not set.
+    const areSecrets = secrets.every((word) => /^[\w-]{43}$/.test(word));
+    mustHold(areSecrets, "KEY_ENCRYPTION_SECRET must be a secret of `bun run secret`, no hash");
   }
 
   /** The JWK of a row, sealed with the first secret if there is one. */
@@ -833,13 +830,15 @@ function checkSettings({ databaseUrl, acceptedAlgorithms, signingKeys, scopes }:
   const { algorithms, rotationSeconds, retentionSeconds } = signingKeys;
   const { pollSeconds, maxAgeSeconds, refreshSeconds, coolDownSeconds } = signingKeys;
   const delays = [pollSeconds, maxAgeSeconds, refreshSeconds, coolDownSeconds];
-  const isPositive = [...delays, retentionSeconds].every((seconds) => seconds > 0);
+  // A timer takes no delay of over 24 days.
+  const areTimes = retentionSeconds > 0 && delays.every((time) => time > 0 && time < 2_100_000);
   // A successor must have reached every cache before it signs; twice, for a margin.
   const caches = 2 * delays.reduce((sum, seconds) => sum + seconds);
   const areAccepted = algorithms.every((alg) => acceptedAlgorithms.includes(alg));
-  const isKnown = /^(sqlite|postgres(ql)?):./.test(databaseUrl);
-  mustHold(isKnown, "DATABASE_URL must be sqlite: or postgres:");
-  mustHold(isPositive, "signingKeys: each time must be over 0");
+  // Without a name, SQLite would run in memory.
+  const isKnown = /^(sqlite:(\/\/)?(\/?[^/?:]|:memory:)|postgres(ql)?:.)/.test(databaseUrl);
+  mustHold(isKnown, "DATABASE_URL must be sqlite: with a file, or postgres:");
+  mustHold(areTimes, "signingKeys: each time must be over 0, and each delay under 24 days");
   mustHold(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
   mustHold(algorithms[0] && areAccepted, "signingKeys.algorithms must be of acceptedAlgorithms");
   for (const { scope, resource } of scopes) {

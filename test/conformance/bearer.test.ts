@@ -544,7 +544,8 @@ const good = signer.publicJwk;
 const junk = (changes: object) => ({ ...stranger.publicJwk, kid: "junk", ...changes });
 const junkOfKinds: unknown[] = [
   ...[null, "key", 7, [good], {}, junk({ kty: undefined }), junk({ kty: "ECX" })],
-  ...[junk({ kty: "XEC" }), { kty: "oct", kid: "key", k: "AAAA" }],
+  ...[junk({ kty: "XEC" }), { kty: "oct", kid: "key", k: "AAAA" }, junk({ crv: ["P-256"] })],
+  ...[junk({ kty: "RSA", n: "x".repeat(701), e: "AQAB" })],
 ];
 const documents = ["/openid-configuration", "/jwks"];
 
@@ -608,6 +609,7 @@ const notTaken: [rule: string, deviate: Deviation][] = [
   ...rowsOf("RFC 8414 §2 jwks_uri", uris, (uri) => metadata({ jwks_uri: uri })),
   ["RFC 8414 §2 http beyond loopback", (own) => metadata({ jwks_uri: away(own) })(own)],
   ...rowsOf("RFC 7517 §5 alone", junkOfKinds, (odd) => keys(odd)),
+  ["RFC 7517 §5 Choice: over 100 keys", keys(...Array.from({ length: 101 }, () => good))],
 ];
 
 for (const [status, rows] of Object.entries({ 200: taken, 503: notTaken }))

@@ -84,6 +84,7 @@ const rows: Row[] = [
   ["RFC 9449 §4.3 (6) signed by another key", /signature/, {}, { jwk: publicJwk }, other],
   ["RFC 9449 §4.3 (6) no jwk", /jwk/, {}, { jwk: undefined }],
   ["RFC 9449 §4.3 (7) a private key", /jwk/, {}, { jwk: { ...publicJwk, d } }],
+  ["RFC 9449 §4.3 (6) a list as x", /jwk/, {}, { jwk: { ...publicJwk, x: [publicJwk.x] } }],
   ["RFC 9449 §4.3 Choice: no key of 8192 bits", /4096/, {}, { jwk: longJwk }, rsa],
   ["RFC 9449 §4.3 (8) another method", /\["PUT"/, { htm: "PUT" }],
   ["RFC 9449 §4.3 (8) the method in small letters", /\["post"/, { htm: "post" }],
