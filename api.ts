@@ -122,7 +122,7 @@ class ResourceServer {
     // The whole field is the key, so that the scheme counts as well.
     const known = this.#remembered.get(authorization);
     if (known?.keys !== this.issuerKeys.keys || !this.issuerKeys.areUsable) return undefined;
-    // Without leeway: a token that is about to expire is validated again.
+    // Without leeway: a token past its exp, but within the leeway, is validated again each time.
     return known.claims.exp > config.secondsAt(this.settings.clock) ? known.claims : undefined;
   }
 
@@ -190,7 +190,10 @@ async function validateToken(settings: Settings, keys: IssuerKeys, jwt: string):
   return deepFreeze(payload);
 }
 
-/** Choice: other issuers send a list where RFC 9068 §2.2.3 has a string, so it counts as well. */
+/**
+ * Choice: other issuers send a list where RFC 9068 §2.2.3 has a string, so it counts as well. A
+ * token without scope has none, even if `scope` is undefined.
+ */
 function hasScope(granted: unknown, scope: string): boolean {
   return (config.isText(granted) ? granted.split(" ") : [granted ?? []].flat()).includes(scope);
 }
@@ -343,12 +346,12 @@ export async function start(settings = config.resourceServer) {
     ...(await config.listenOptions("API", ownUrl, settings)),
     development: false,
     maxRequestBodySize: settings.maxBodyBytes,
-    fetch: (request, http) => api.lifecycle.answer(answer, request, http),
+    fetch: (request, listener) => api.lifecycle.answer(route, request, listener),
   });
   // Only now the port is known. No request arrives before the lines below have run.
   const url = config.urlOf(settings.resource, http);
   const api = new ResourceServer({ ...settings, resource: url });
-  const answer = config.router(url, routes(api));
+  const route = config.router(url, routes(api));
   const stop = async () => {
     await api.lifecycle.stop(http, settings.drainSeconds);
     api.issuerKeys.close();

@@ -92,7 +92,7 @@ export class TokenSource {
    * answers 401 `invalid_token`, with a new token, or `use_dpop_nonce`, with that nonce; but not if
    * the body can be read only once. Unlike `fetch` it follows no redirect, for the token is not for
    * other hosts, and takes of a Request only its method, header fields, body and signal. The signal
-   * ends the call; a request for a token has 10 s for each of its steps.
+   * ends the call, but not a request for a token that it waits for, which has 10 s for each step.
    */
   async fetch(input: string | URL | Request, init: RequestInit = {}): Promise<Response> {
     const url = input instanceof Request ? input.url : String(new URL(input));
@@ -121,7 +121,7 @@ export class TokenSource {
     const { method = "GET" } = init;
     await this.#prover?.prove(headers, method.toUpperCase(), url, token.access_token);
     const step = new Step(this.#settings, "The call", url);
-    const sending = config.directFetch(url, { ...init, headers }, this.#settings.tls);
+    const sending = config.fetchUnredirected(url, { ...init, headers }, this.#settings.tls);
     const answer = await sending.catch((error) => {
       if (init.signal?.aborted) throw error;
       return step.unanswered(error);

@@ -68,7 +68,10 @@ export const authorizationServer = {
   issuer,
   /** Where to listen in plain http, as host:port, when a proxy in front ends TLS. */
   listen: env["ISSUER_LISTEN"],
-  /** Each scope belongs to one API, whose identifier becomes the `aud` of its tokens. */
+  /**
+   * Each scope belongs to one API, whose identifier becomes the `aud` of its tokens. The
+   * description is for the readers of this file.
+   */
   scopes: [{ scope: apiScope, description: "My API", resource }],
   clients: [
     {
@@ -354,7 +357,7 @@ async function makeCertificate(file: string): Promise<string> {
  * A loopback host is reached directly, for a proxy would read the secret, and the certificate of
  * our own servers is trusted there.
  */
-export async function directFetch(url: string, init: BunFetchRequestInit, files: TlsFiles) {
+export async function fetchUnredirected(url: string, init: BunFetchRequestInit, files: TlsFiles) {
   if (!isLoopback(new URL(url))) return await fetch(url, { ...init, redirect: "manual" });
   const file = files.certificateFile || files.developmentFile;
   const own = existsSync(file) ? [readFileSync(file, "utf8")] : [];
@@ -364,10 +367,10 @@ export async function directFetch(url: string, init: BunFetchRequestInit, files:
 
 const maxAnswerBytes = 1_048_576;
 
-/** The same for an answer that must be short: metadata, keys, a token. Rejects for a longer one. */
+/** Such a fetch for a short answer: metadata, keys, a token. Rejects for a longer one. */
 export async function boundedFetch(url: string, init: BunFetchRequestInit, files: TlsFiles) {
   // Unpacking would go past the bound before the first chunk is seen.
-  const response = await directFetch(url, { ...init, decompress: false }, files);
+  const response = await fetchUnredirected(url, { ...init, decompress: false }, files);
   const chunks: Uint8Array[] = [];
   let bytes = 0;
   for await (const chunk of response.body ?? []) {
@@ -453,13 +456,13 @@ export class PublicKeys {
   };
 
   /**
-   * Fetches the keys, once at a time. Within the cool-down the outcome of the last try counts.
+   * Fetches the keys, one fetch at a time. Within the cool-down the outcome of the last try counts.
    * Rejects with a refusal if they could not be fetched, which is not the fault of whoever sent the
    * JWT.
    */
   async refresh(): Promise<void> {
-    const isCool = this.#secondsSince(this.#triedAt) >= this.#rules.coolDownSeconds;
-    const isDue = !this.#isTrying && isCool;
+    const isCoolDownOver = this.#secondsSince(this.#triedAt) >= this.#rules.coolDownSeconds;
+    const isDue = !this.#isTrying && isCoolDownOver;
     if (isDue) this.#lastTry = this.#tryOnce();
     await this.#lastTry;
   }

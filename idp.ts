@@ -71,7 +71,10 @@ function check(holds: unknown, code: ErrorCode, reason: string): asserts holds {
   if (!holds) throw new config.Refusal(code, reason);
 }
 
-/** Logs and answers what is refused: a token request (RFC 6749 §5.2), or the keys without any. */
+/**
+ * Logs and answers a refusal: of a token request (RFC 6749 §5.2), or of the JWK Set while there is
+ * no key to publish, which the log calls "token refused" as well.
+ */
 function refuse(issuer: string, refusal: config.Refusal, log: config.RequestLog): Response {
   const code = refusal.code as ErrorCode;
   log("token refused", { ...refusal.details, error: code, reason: refusal.message });
@@ -278,7 +281,7 @@ async function assertionCredentials(form: Form): Promise<Credentials> {
 /** Resolves with the client if the credentials are its own. */
 async function authenticate(server: Server, client: Client | undefined, credentials: Credentials) {
   check(credentials.kind !== "none", "invalid_client", "The request has no credentials.");
-  // Also for an unknown client, which a secret must not tell apart by the time that it takes.
+  // An unknown client's secret is compared too, so that the time does not tell that it is unknown.
   if (credentials.kind === "secret") verifySecret(server.settings, client, credentials);
   check(client, "invalid_client", "The client is unknown.");
   if (credentials.kind === "assertion")
@@ -286,7 +289,7 @@ async function authenticate(server: Server, client: Client | undefined, credenti
   return client;
 }
 
-/** For who has no secret, as an unknown client: as long as a SHA-256 in base64, equal to none. */
+/** Compared with where a client is unknown or has no secret: as long as a hash, equal to none. */
 const dummySecrets: { sha256: string; expires_at?: number }[] = [{ sha256: " ".repeat(44) }];
 
 /** Compares by SHA-256, in constant time. Throws a refusal unless the secret is right. */
@@ -475,6 +478,7 @@ class KeyStore {
   readonly #sqliteFile: string | undefined;
   readonly #sealing: Sealing;
   #sql: Bun.SQL;
+  /** In the order of their periods, in which `#load` reads them, so that the first one counts. */
   #keys: SigningKey[] = [];
   #polledAt: number;
   #isOpen = false;
@@ -601,8 +605,8 @@ class KeyStore {
       if (!this.isHealthy) this.#log.write("database back", {});
       this.isHealthy = true;
     } catch (error) {
-      // A start where nothing can be written is enough, as long as there is a key. Later the poll
-      // reports this, and connects anew.
+      // At a start it is enough that a key can sign, even if nothing can be written. Later this
+      // fails the poll, which reports it and connects anew.
       if (this.#isOpen || !this.signingKey(at) || mayHeal(error)) throw error;
       this.#reportAway(error);
     }
@@ -610,7 +614,7 @@ class KeyStore {
 
   /** At the start, a key in use that cannot be opened is fatal; later it is logged and skipped. */
   #requireUsableKeys(rows: Row[], at: number): void {
-    const remedy = "KEY_ENCRYPTION_SECRET lacks the secret that sealed it, or none if it is clear.";
+    const remedy = "KEY_ENCRYPTION_SECRET lacks its secret or the word none, or it was altered.";
     for (const alg of this.#settings.signingKeys.algorithms) {
       const inUse = rows.find((row) => row.alg === alg && row.signs_until > at);
       if (inUse && this.signingKey(at, alg)?.generation !== inUse.generation)
@@ -640,11 +644,11 @@ class KeyStore {
   async #sealClearKeys(): Promise<void> {
     // Only keys that were opened: one in clear that the settings do not allow may be a stranger's,
     // and sealing would make it ours.
-    for (const { jwk, ...key } of this.#keys.filter(isClear)) {
-      const sealed = await this.#sealing.seal({ jwk, ...key });
-      if (sealed === jwk) continue; // there is no secret to seal it with
+    for (const row of this.#keys.filter(isClear)) {
+      const sealed = await this.#sealing.seal(row);
+      if (sealed === row.jwk) continue; // there is no secret to seal it with
       await inTime(this.#sql`UPDATE signing_keys SET jwk = ${sealed}
-        WHERE alg = ${key.alg} AND generation = ${key.generation} AND jwk = ${jwk}`);
+        WHERE alg = ${row.alg} AND generation = ${row.generation} AND jwk = ${row.jwk}`);
     }
   }
 
@@ -678,11 +682,11 @@ class KeyStore {
   }
 
   /**
-   * Deletes what expired a while ago, and writes a row of its own to see that writing works. A key
-   * is deleted only by an instance that polled shortly before and after that moment. So one whose
-   * clock jumps deletes nothing that the others need; only one that runs ahead by more than a
-   * quarter of an hour does. A key that expired while no poll succeeded stays, unused; an
-   * identifier stays for 30 days.
+   * Deletes what passed a mark, 15 minutes after its end, between the last poll and this one; if
+   * they are over 15 minutes apart, nothing. So a clock that jumps ahead once deletes no key in
+   * use; only an instance whose clock stays ahead by over 15 minutes does. A key that passed the
+   * mark while no poll succeeded stays, unused; an identifier stays for 30 days. Then writes a row
+   * of its own, to see that writing works.
    */
   async #sweep(at: number): Promise<void> {
     const since = this.#polledAt - sweepDelaySeconds;
@@ -709,7 +713,7 @@ class KeyStore {
     this.#nextBatch ??= this.#startBatch();
     const { rows, inserted } = this.#nextBatch;
     rows.push({ id, expires_at: Math.ceil(expires_at) });
-    // A batch takes no more when it is full, for databases limit the parameters, or under way.
+    // A full batch takes no more, for databases limit the parameters; nor does one under way.
     if (rows.length === 500) this.#nextBatch = undefined;
     const newIds = await inTime(inserted).catch((error: unknown) => {
       this.#reportAway(error);
@@ -829,17 +833,17 @@ function mustHold(holds: unknown, rule: string): void {
 function checkSettings({ databaseUrl, acceptedAlgorithms, signingKeys, scopes }: Settings): void {
   const { algorithms, rotationSeconds, retentionSeconds } = signingKeys;
   const { pollSeconds, maxAgeSeconds, refreshSeconds, coolDownSeconds } = signingKeys;
-  const delays = [pollSeconds, maxAgeSeconds, refreshSeconds, coolDownSeconds];
-  // A timer takes no delay of over 24 days.
-  const areTimes = retentionSeconds > 0 && delays.every((time) => time > 0 && time < 2_100_000);
-  // A successor must have reached every cache before it signs; twice, for a margin.
-  const caches = 2 * delays.reduce((sum, seconds) => sum + seconds);
-  const areAccepted = algorithms.every((alg) => acceptedAlgorithms.includes(alg));
   // Without a name, SQLite would run in memory.
   const isKnown = /^(sqlite:(\/\/)?(\/?[^/?:]|:memory:)|postgres(ql)?:.)/.test(databaseUrl);
   mustHold(isKnown, "DATABASE_URL must be sqlite: with a file, or postgres:");
+  const delays = [pollSeconds, maxAgeSeconds, refreshSeconds, coolDownSeconds];
+  // A timer takes no delay of over 24 days.
+  const areTimes = retentionSeconds > 0 && delays.every((time) => time > 0 && time < 2_100_000);
   mustHold(areTimes, "signingKeys: each time must be over 0, and each delay under 24 days");
+  // A successor must have reached every cache before it signs; twice, for a margin.
+  const caches = 2 * delays.reduce((sum, seconds) => sum + seconds);
   mustHold(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);
+  const areAccepted = algorithms.every((alg) => acceptedAlgorithms.includes(alg));
   mustHold(algorithms[0] && areAccepted, "signingKeys.algorithms must be of acceptedAlgorithms");
   for (const { scope, resource } of scopes) {
     const isUri = URL.canParse(resource) && !resource.includes("#"); // RFC 8707 §2
@@ -910,13 +914,13 @@ export async function start(settings = config.authorizationServer) {
     ...listening,
     development: false,
     maxRequestBodySize: 16_384,
-    fetch: (request, http) => lifecycle.answer(answer, request, http),
+    fetch: (request, listener) => lifecycle.answer(route, request, listener),
   });
   // Only now the port is known. No request arrives before the lines below have run.
   const issuer = config.urlOf(settings.issuer, http);
   const tokenEndpoint = `${issuer}/connect/token`;
   const server = { settings: { ...settings, issuer }, tokenEndpoint, clients, keyStore, lifecycle };
-  const answer = config.router(issuer, routes(server));
+  const route = config.router(issuer, routes(server));
   const stop = async () => {
     await lifecycle.stop(http, settings.drainSeconds);
     await keyStore.close();
