@@ -100,7 +100,7 @@ class ResourceServer {
 
   /**
    * Resolves with the claims of a caller who may use `scope`. Rejects with a refusal for any other
-   * (RFC 6750 §3).
+   * (RFC 6750 §3). Call it once for a request: a second call finds the proof used up.
    */
   async authorize(request: Request, scope: string): Promise<Claims> {
     const authorization = request.headers.get("authorization") ?? "";
@@ -278,15 +278,14 @@ class IssuerKeys extends config.PublicKeys {
     super({ fetchKeys, coolDownSeconds, ...ages, clock });
     // An API that has no keys fetches them at the next call or /health.
     const refreshKnown = () => this.areUsable && this.refreshInBackground();
-    this.#timer = setInterval(refreshKnown, refreshSeconds * 1000).unref();
+    // A timer takes no delay of over 24 days.
+    this.#timer = setInterval(refreshKnown, Math.min(refreshSeconds, 2_100_000) * 1000).unref();
   }
 
   /** Waits for nothing. The log has what fails. */
   refreshInBackground = () => void this.refresh().catch(() => {});
 
-  close(): void {
-    clearInterval(this.#timer);
-  }
+  close = () => clearInterval(this.#timer);
 }
 
 async function fetchIssuerKeys({ issuer, tls }: Settings, signal: AbortSignal) {

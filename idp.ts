@@ -658,7 +658,7 @@ class KeyStore {
    */
   async #makeMissing(alg: string, at: number, rows: Row[]): Promise<void> {
     const [signing, ...later] = this.#keys.filter((key) => key.alg === alg && key.signs_until > at);
-    const isFollowed = later.some((key) => signing && key.signs_from >= signing.signs_until);
+    const isFollowed = later.some((key) => signing && key.signs_from === signing.signs_until);
     if (isFollowed) return;
     // Counts all rows, also those that cannot be opened: their number is taken.
     const generations = rows.filter((row) => row.alg === alg).map((row) => row.generation);
@@ -833,13 +833,15 @@ function mustHold(holds: unknown, rule: string): void {
 function checkSettings({ databaseUrl, acceptedAlgorithms, signingKeys, scopes }: Settings): void {
   const { algorithms, rotationSeconds, retentionSeconds } = signingKeys;
   const { pollSeconds, maxAgeSeconds, refreshSeconds, coolDownSeconds } = signingKeys;
-  // Without a name, SQLite would run in memory.
-  const isKnown = /^(sqlite:(\/\/)?(\/?[^/?:]|:memory:)|postgres(ql)?:.)/.test(databaseUrl);
-  mustHold(isKnown, "DATABASE_URL must be sqlite: with a file, or postgres:");
+  // Bun.SQL trims it, and takes sqlite: without a name, and sqlite:memory, for one in memory.
+  const known = /^(sqlite:(?!memory$)(\/\/)?(\/?[^/?:\s]|:memory:)|postgres(ql)?:.)(.*\S)?$/;
+  mustHold(known.test(databaseUrl), "DATABASE_URL must be sqlite: with a file, or postgres:");
   const delays = [pollSeconds, maxAgeSeconds, refreshSeconds, coolDownSeconds];
-  // A timer takes no delay of over 24 days.
-  const areTimes = retentionSeconds > 0 && delays.every((time) => time > 0 && time < 2_100_000);
-  mustHold(areTimes, "signingKeys: each time must be over 0, and each delay under 24 days");
+  // The table has whole seconds. A timer takes no delay of over 24 days.
+  const areWhole = [rotationSeconds, retentionSeconds].every((s) => Number.isInteger(s) && s > 0);
+  mustHold(areWhole, "signingKeys: rotation and retention must be whole seconds over 0");
+  const areDelays = pollSeconds <= sweepDelaySeconds && delays.every((s) => s > 0 && s < 2_100_000);
+  mustHold(areDelays, "signingKeys: each delay must be over 0, a poll at most 900 s");
   // A successor must have reached every cache before it signs; twice, for a margin.
   const caches = 2 * delays.reduce((sum, seconds) => sum + seconds);
   mustHold(rotationSeconds > caches, `signingKeys.rotationSeconds must be over ${caches}`);

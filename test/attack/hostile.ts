@@ -451,7 +451,7 @@ export class Hostile {
     if (this.isBound !== /^dpop$/i.test(scheme)) return "accepted with the other scheme";
     if (this.isBound && !this.#isProven()) return "accepted without a proof";
     const claims: { value: string }[] = JSON.parse(body);
-    return !claims.some(({ value }) => value === this.client_id) && "the claims of somebody else";
+    return !claims.some(({ value }) => value === jose.decodeJwt(token).sub) && "other claims";
   }
 }
 

@@ -39,7 +39,7 @@ interface Options {
 async function start(table: Table, options: Options = {}) {
   const { at = after(0), secret: keyEncryptionSecret = "", keys = {}, polls = false } = options;
   const clock = { now: at };
-  const pollSeconds = polls ? 0.01 : 20 * day;
+  const pollSeconds = polls ? 0.01 : 900;
   const running = await idp({
     ...{ databaseUrl: table.url, databaseWaitSeconds: 0, keyEncryptionSecret, clients },
     signingKeys: { ...authorizationServer.signingKeys, ...lifetimes, pollSeconds, ...keys },
@@ -222,6 +222,12 @@ for (const { engine, make, isMissing } of engines) {
     expect(await (await start(table)).shows()).toBe(`1 of ${generations(all)}`);
     await poll(after(194, 850 + 900));
     expect(generations(await table.rows())).toBe(generations(all).replace(",2", ""));
+  });
+
+  scenario("a clock that was ten years ahead for a while ends no rotation", async (table) => {
+    const { poll } = await begin(table, { polls: true });
+    for (const days of [3_650, 0, 91]) await poll(after(days));
+    expect(periods(await table.rows())).toContain(": 180-270");
   });
 
   for (const polls of [true, false])
