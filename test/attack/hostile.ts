@@ -450,7 +450,7 @@ export class Hostile {
     if (!isSigned(token, this.at.signer!)) return "accepted without a token";
     if (this.isBound !== /^dpop$/i.test(scheme)) return "accepted with the other scheme";
     if (this.isBound && !this.#isProven()) return "accepted without a proof";
-    const claims: { value: string }[] = JSON.parse(body);
+    const claims: { value: string }[] = JSON.parse(Buffer.from(body, "latin1").toString());
     return !claims.some(({ value }) => value === jose.decodeJwt(token).sub) && "other claims";
   }
 }
