@@ -176,11 +176,7 @@ export function leaksIn(output: string): string[] {
 
 type Members = Record<string, unknown>;
 
-export interface Jwt {
-  header: Members;
-  claims: Members;
-  key: Signer;
-}
+export type Jwt = { header: Members; claims: Members; key: Signer };
 
 export const encode = ({ header, claims, key }: Jwt) =>
   encodeTexts([JSON.stringify(header), JSON.stringify(claims)], key);
@@ -199,11 +195,7 @@ function isSigned(jwt: string, { publicKey }: Signer): boolean {
 }
 
 /** Whom the requests are for. With a signer they are API calls, else token requests. */
-export interface Target {
-  issuer: string;
-  resource: string;
-  signer?: Signer;
-}
+export type Target = { issuer: string; resource: string; signer?: Signer };
 
 const randomJti = (): string => crypto.randomUUID();
 

@@ -43,10 +43,7 @@ const clients: ClientRegistration[] = [
 const idp = await startIdp({ clients, clock });
 
 /** What proves who the client is: parameters of the form, or an Authorization field. */
-interface Credentials {
-  authorization?: string;
-  parameters?: string;
-}
+type Credentials = { authorization?: string; parameters?: string };
 
 const grant = "grant_type=client_credentials";
 const ask = ({ authorization, parameters = "" }: Credentials, endpoint = idp.tokenEndpoint) =>

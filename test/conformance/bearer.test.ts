@@ -58,7 +58,9 @@ function expectRefusal(answer: Answer, expected: string, said = sentence) {
   expect(callRefusalOf(answer)).toBe(expected);
   const [, error = "no_credentials"] = expected.split(" ");
   const line = { event: "call refused", error, address: "127.0.0.1" };
-  expect(api.lines.at(-1)).toMatchObject({ ...line, reason: expect.stringMatching(said) });
+  const { reason, ...others } = api.lines.at(-1)!; // toMatchObject would put the matcher in place
+  expect(others).toMatchObject(line);
+  expect(reason).toMatch(said);
 }
 
 /** RFC 9110 §15.6.4: the caller shall keep the token and come again. */
@@ -391,6 +393,7 @@ test("elsewhere, RFC 9110 §15.5.5 → 404", async () => {
     for (const method of ["GET", "POST"]) {
       const answer = await send(aud + path, { method });
       expect(fields(answer, ...around)).toEqual([404, null, "no-store", null]);
+      expect(answer.text).toMatch(/^[ -~]{4,}$/);
     }
 });
 
@@ -621,8 +624,10 @@ for (const [status, rows] of Object.entries({ 200: taken, 503: notTaken }))
       expect(issuer.requests).not.toContain(location);
       if (status === "200") return expectJson(answer);
       expectUnavailable(answer);
-      const refused = { event: "call refused", error: "temporarily_unavailable" };
-      expect(lines.at(-1)).toMatchObject({ ...refused, reason: expect.stringMatching(sentence) });
+      const { event, error, reason } = lines.at(-1)!;
+      expect([event, error]).toEqual(["call refused", "temporarily_unavailable"]);
+      expect(reason).toMatch(sentence);
+      expect(reason).not.toMatch(/ is not a function|undefined is /);
     });
 
 test("a fetch of the keys, RFC 7517 §5 a token of a broken key → 401, of a sound one → 200", async () => {

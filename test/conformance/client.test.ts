@@ -183,10 +183,7 @@ for (const [rule, change, dpop = false] of usable)
 // --- What fails, and what is said about it -------------------------------------------------------
 
 /** An answer that the client refuses, and what its message has: OWN and HOST are of the server. */
-interface Failure {
-  says: (string | RegExp)[];
-  parts: Parts;
-}
+type Failure = { says: (string | RegExp)[]; parts: Parts };
 const filled = (text: string, origin: string) =>
   text.replaceAll("OWN", origin).replaceAll("HOST", origin.slice(7));
 

@@ -439,6 +439,14 @@ for (const { engine, make, isMissing } of engines) {
 
   // --- Polls that fail, used identifiers ---------------------------------------------------------
 
+  scenario("a server that was stopped polls no more", async (table) => {
+    const { running } = await begin(table, { polls: true });
+    await running.stop();
+    const { length } = running.lines;
+    await Bun.sleep(50); // five polls
+    expect(running.lines).toHaveLength(length);
+  });
+
   for (const lost of ["signing_keys", "used_jtis"])
     scenario(`${lost} is gone: degraded, until it is back`, async (table) => {
       const { poll, shows, health, running, rows } = await begin(table, { polls: true });
