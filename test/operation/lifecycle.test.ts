@@ -295,7 +295,8 @@ describe("stdout", () => {
 describe("answers under way while stopping", () => {
   test("idp.ts, a request whose body is still on its way → answered", async () => {
     const server = await idp();
-    const slow = new Connection(server.url);
+    const [slow, idle] = [new Connection(server.url), new Connection(server.url)];
+    expect((await idle.send(get("/health"))).status).toBe(200);
     slow.write(postHead("/connect/token", form.length) + form.slice(0, 20));
     await send(`${server.url}/health`);
     const stopped = server.stop();
@@ -303,6 +304,7 @@ describe("answers under way while stopping", () => {
     const { status, headers } = await slow.send(form.slice(20));
     expect([status, headers.get("connection")]).toEqual([200, "close"]);
     await stopped;
+    await eventually("the idle connection is closed", () => idle.isClosed);
     expect(server.lines.at(-1)!.event).toBe("token issued");
   });
 
