@@ -111,7 +111,7 @@ export class TokenSource {
     // RFC 9449 §9: an API may want its nonce in the proof.
     const isReadOnce = Symbol.asyncIterator in Object(request.body);
     if (isReadOnce || !["invalid_token", "use_dpop_nonce"].includes(error)) return answer;
-    await answer.body?.cancel();
+    await answer.body?.cancel().catch(() => {}); // it may have broken off
     return await this.#call(url, request, await this.accessToken());
   }
 

@@ -151,7 +151,7 @@ export type ResourceServerSettings = typeof resourceServer;
 export type ClientSettings = typeof client;
 type TlsFiles = typeof tls;
 
-// --- Plumbing (a first reader can stop here): what all share -------------------------------
+// --- Plumbing (a first reader can stop here): what all share -------------------------------------
 
 /** How far the clocks of two machines may differ. */
 export const leewaySeconds = 30;
@@ -395,7 +395,8 @@ export async function fetchJson(url: string, signal: AbortSignal, files: TlsFile
  */
 export async function fetchJwkSet(url: string, signal: AbortSignal, files: TlsFiles) {
   const { keys } = await fetchJson(url, signal, files);
-  if (!Array.isArray(keys) || keys.length > 100) throw new Error("The JWK Set has no short list.");
+  const isList = Array.isArray(keys) && keys.length <= 100;
+  if (!isList) throw new Error("The JWK Set has no list of keys, or one of over 100.");
   const usable: jose.JWK[] = keys.filter(isUsable);
   if (keys.length > 0 && usable.length === 0) throw new Error("The JWK Set has no usable key.");
   return usable;

@@ -293,7 +293,7 @@ describe("stdout", () => {
 });
 
 describe("answers under way while stopping", () => {
-  test("idp.ts, a request whose body is still on its way → answered", async () => {
+  test("idp.ts, a body still on its way → answered; an idle connection → closed", async () => {
     const server = await idp();
     const [slow, idle] = [new Connection(server.url), new Connection(server.url)];
     expect((await idle.send(get("/health"))).status).toBe(200);
